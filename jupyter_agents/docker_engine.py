@@ -1,0 +1,360 @@
+"""Workspaces in Docker; the only module that imports docker."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import re
+import socket
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import docker
+import requests
+from docker.errors import APIError, DockerException, ImageNotFound
+from docker.errors import NotFound as DockerNotFound
+from docker.utils.socket import STDERR, frames_iter
+from traitlets import Int, Unicode, default
+
+from .engine import Container, Engine, Limits
+from .errors import AgentsError, ContainerGone, DiskFull, Unavailable
+
+T = TypeVar("T")
+
+AGENTCTL = Path(__file__).parent / "image" / "agentctl"
+AGENTCTL_SHA256 = hashlib.sha256(AGENTCTL.read_bytes()).hexdigest()
+LABEL = "jupyter-agents.user"
+AGENTCTL_LABEL = "jupyter-agents.agentctl"
+CA_BUNDLE = "opt/jupyter-agents/ca-bundle.pem"
+CREATE_ATTEMPTS = 50
+
+
+def slug(user: str) -> str:
+    """A name that Docker accepts: what is readable of the user's, and 8 hex digits that tell it from all others.
+
+    Never change it: workspaces are found by label, but a name that some other user's rule could yield would collide.
+    """
+    readable = re.sub(r"[^a-z0-9]+", "-", user.lower()).strip("-")[:32].strip("-") or "user"
+    return f"{readable}-{hashlib.sha256(user.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def bootstrap(ca_bundle: str) -> bytes:
+    """Tar of what an image that isn't ours lacks: agentctl, the mount point's mode, and the host's CA bundle."""
+    files = [("opt/jupyter-agents", None, 0o755), ("opt/jupyter-agents/agentctl", AGENTCTL, 0o755)]
+    files += [("workspace", None, 0o711)]
+    if ca_bundle:
+        files.append((CA_BUNDLE, Path(ca_bundle), 0o644))
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, path, mode in files:
+            info = tarfile.TarInfo(name)
+            info.mode = mode
+            if path is None:
+                info.type = tarfile.DIRTYPE
+                tar.addfile(info)
+            else:
+                data = path.read_bytes()
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+class DockerExec:
+    """A process started by `docker exec`, read by a thread of its own into a stream that holds it back when full."""
+
+    def __init__(self, engine: DockerEngine, exec_id: str, sock: Any):
+        self._engine = engine
+        self._id = exec_id
+        self._file = sock  # docker-py's wrapper keeps the response, and so the connection, alive
+        self._socket: socket.socket = getattr(sock, "_sock", sock)
+        self._socket.settimeout(None)
+        self._stderr = bytearray()
+        self._loop = asyncio.get_running_loop()
+        self._may_read = threading.Event()
+        self._may_read.set()
+        self._closed = False
+        self.stdout = asyncio.StreamReader(limit=2**18)
+        self.stdout.set_transport(self)  # type: ignore[arg-type]  # the part of a transport that it uses
+        threading.Thread(target=self._read, name="docker-exec", daemon=True).start()
+
+    @property
+    def stderr(self) -> bytes:
+        return bytes(self._stderr)
+
+    def pause_reading(self) -> None:
+        self._may_read.clear()
+
+    def resume_reading(self) -> None:
+        self._may_read.set()
+
+    def _read(self) -> None:
+        try:
+            for stream, data in frames_iter(self._file, tty=False):
+                if stream == STDERR:
+                    self._stderr += data
+                    del self._stderr[:-8192]
+                else:
+                    self._call(self.stdout.feed_data, data)
+                    self._may_read.wait()
+        except (OSError, ValueError):
+            pass  # the connection ended, or `close` ended it
+        finally:
+            self._call(self.stdout.feed_eof)
+            self._file._response.close()
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        if not self._closed:
+            try:
+                self._loop.call_soon_threadsafe(function, *args)
+            except RuntimeError:  # the loop is closed: the server is going down
+                self._closed = True
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self._engine.call(lambda api: self._socket.sendall(data))
+        except OSError:
+            pass  # it ended without reading all; its exit code and stderr tell why
+
+    async def wait(self) -> int:
+        while True:
+            state = await self._engine.call(lambda api: api.exec_inspect(self._id))
+            if not state["Running"]:
+                return int(state["ExitCode"])
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        self._closed = True
+        self._may_read.set()
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended already
+
+
+class DockerEngine(Engine):
+    """One Docker engine, reached as the docker command would reach it (`DOCKER_HOST`, or the default socket)."""
+
+    image = Unicode("jupyter-agents:latest", help="Image of the workspaces; `jupyter agents build` makes it.").tag(
+        config=True
+    )
+    network = Unicode(
+        "jupyter-agents",
+        help="Bridge network of the workspaces, made when missing so that containers on it can't reach each other.",
+    ).tag(config=True)
+    ca_bundle = Unicode(
+        help="CA bundle to build images with and to give to workspaces, for networks that intercept TLS. "
+        "Default: what `SSL_CERT_FILE` names.",
+    ).tag(config=True)
+    workers = Int(64, help="Calls to the engine that may go on at the same time.").tag(config=True)
+
+    _api: docker.APIClient | None = None
+
+    @default("ca_bundle")
+    def _default_ca_bundle(self) -> str:
+        return os.environ.get("SSL_CERT_FILE", "")
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="docker")
+        self._connecting = threading.Lock()
+
+    @property
+    def ca_bundle_path(self) -> str | None:
+        return f"/{CA_BUNDLE}" if self.ca_bundle else None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+        if self._api:
+            self._api.close()
+
+    # --- calls --------------------------------------------------------------------------------------------------
+
+    async def call(self, function: Callable[[docker.APIClient], T]) -> T:
+        """Call docker-py on a thread, and say what is wrong in words of ours."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._call, function)
+
+    def _call(self, function: Callable[[docker.APIClient], T]) -> T:
+        try:
+            return function(self._connection())
+        except DockerException as e:
+            raise self._explain(e) from e
+        except requests.exceptions.RequestException as e:
+            raise self._unreachable(e) from e
+
+    def _connection(self) -> docker.APIClient:
+        with self._connecting:
+            if self._api is None:
+                client = docker.from_env(version="auto", timeout=60, max_pool_size=self.workers)
+                self._api = client.api
+            return self._api
+
+    def _explain(self, error: DockerException) -> AgentsError:
+        text = getattr(error, "explanation", None) or str(error)
+        if isinstance(error, ImageNotFound):
+            return self._no_image()
+        if isinstance(error, APIError) and error.response is not None:
+            if "no space left" in text.lower() or "disk quota exceeded" in text.lower():
+                return DiskFull("The workspace's disk is full: delete files or agents to make room.", "disk_full")
+            if error.status_code in (404, 409):
+                return ContainerGone()
+            return Unavailable(f"The Docker engine refused: {text[:300].strip()}.", "engine_unavailable")
+        return self._unreachable(error)
+
+    def _unreachable(self, error: Exception) -> AgentsError:
+        self.log.debug("Docker can't be reached: %s", error)
+        if "permission denied" in str(error).lower():
+            return Unavailable(
+                "You may not use the Docker engine: add yourself to the group `docker` and log in again, "
+                "or ask your administrator.",
+                "engine_forbidden",
+                "sudo usermod -aG docker $USER",
+            )
+        return Unavailable(
+            "Docker doesn't answer: start the Docker engine, or install it (https://docs.docker.com/engine/install/).",
+            "engine_unavailable",
+            "sudo systemctl start docker",
+        )
+
+    def _no_image(self) -> AgentsError:
+        return Unavailable(
+            f"The workspace image {self.image} is missing: build it once.",
+            "image_missing",
+            "jupyter agents build",
+        )
+
+    # --- the engine ---------------------------------------------------------------------------------------------
+
+    async def check(self) -> None:
+        await self.call(self._image)
+
+    def _image(self, api: docker.APIClient) -> dict[str, Any]:
+        try:
+            image: dict[str, Any] = api.inspect_image(self.image)
+        except DockerNotFound:
+            raise self._no_image() from None
+        return image
+
+    async def containers(self, user: str | None = None) -> list[Container]:
+        return await self.call(lambda api: [self._container(c) for c in self._find(api, user)])
+
+    def _find(self, api: docker.APIClient, user: str | None) -> list[dict[str, Any]]:
+        label = LABEL if user is None else f"{LABEL}={user}"
+        found: list[dict[str, Any]] = api.containers(all=True, filters={"label": label})
+        return found
+
+    def _container(self, found: dict[str, Any], image_id: str | None = None) -> Container:
+        return Container(
+            id=found["Id"],
+            name=found["Names"][0].lstrip("/") if found["Names"] else found["Id"][:12],
+            user=found["Labels"][LABEL],
+            running=found["State"] == "running",
+            started=float(found["Created"]),  # it is started as soon as it is made, and never again
+            outdated=image_id not in (None, found["ImageID"]),
+        )
+
+    async def ensure(self, user: str, limits: Limits) -> Container:
+        return await self.call(lambda api: self._ensure(api, user, limits))
+
+    def _ensure(self, api: docker.APIClient, user: str, limits: Limits) -> Container:
+        image = self._image(api)
+        for _ in range(CREATE_ATTEMPTS):
+            found = self._find(api, user)
+            if found and found[0]["State"] == "running":
+                if found[0]["Labels"].get(AGENTCTL_LABEL) != AGENTCTL_SHA256:
+                    api.put_archive(found[0]["Id"], "/", bootstrap(self.ca_bundle))
+                return self._container(found[0], image["Id"])
+            if found and found[0]["State"] == "created" and time.time() - found[0]["Created"] < 10:
+                time.sleep(0.1)  # another server is just making it
+                continue
+            for leftover in found:
+                self._discard(api, leftover["Id"])
+            try:
+                made = self._create(api, user, limits, image)
+                api.start(made)
+            except DockerNotFound as e:
+                if "network" not in str(e.explanation):
+                    continue  # somebody removed it between the two calls
+                self._make_network(api)
+            except APIError as e:
+                if e.status_code != 409:
+                    raise
+                time.sleep(0.1)  # another server was faster, or the engine is still removing the last one
+        raise Unavailable(f"Docker keeps refusing to make the container workspace-{slug(user)}.", "engine_unavailable")
+
+    def _create(self, api: docker.APIClient, user: str, limits: Limits, image: dict[str, Any]) -> str:
+        volume = self._volume(api, user) or f"workspace-{slug(user)}"
+        api.create_volume(volume, labels={LABEL: user})
+        made = api.create_container(
+            self.image,
+            # Somebody whom no agent is and whose files nobody has; what works here is started by exec.
+            user="65534:65534",
+            command=["tail", "-f", "/dev/null"],
+            entrypoint=[],
+            name=f"workspace-{slug(user)}",
+            hostname="workspace",
+            labels={LABEL: user, AGENTCTL_LABEL: AGENTCTL_SHA256},
+            host_config=api.create_host_config(
+                mem_limit=limits.memory_bytes,
+                memswap_limit=limits.memory_bytes,  # by default Docker allows as much swap again
+                nano_cpus=int(limits.cpu * 1e9),
+                pids_limit=limits.pids,
+                cap_drop=["ALL"],
+                security_opt=["no-new-privileges:true"],
+                init=True,
+                network_mode=self.network,
+                mounts=[docker.types.Mount("/workspace", volume, type="volume")],
+                log_config=docker.types.LogConfig(type="none"),
+            ),
+        )["Id"]
+        own = (image["Config"].get("Labels") or {}).get(AGENTCTL_LABEL)
+        if self.ca_bundle or own != AGENTCTL_SHA256:
+            api.put_archive(made, "/", bootstrap(self.ca_bundle))
+        return str(made)
+
+    def _volume(self, api: docker.APIClient, user: str) -> str | None:
+        found = api.volumes(filters={"label": f"{LABEL}={user}"})["Volumes"] or []
+        return str(found[0]["Name"]) if found else None
+
+    def _make_network(self, api: docker.APIClient) -> None:
+        api.create_network(
+            self.network,
+            driver="bridge",
+            options={"com.docker.network.bridge.enable_icc": "false"},
+            labels={"jupyter-agents": ""},
+        )
+
+    def _discard(self, api: docker.APIClient, container: str) -> None:
+        try:
+            api.remove_container(container, force=True)
+        except DockerNotFound:
+            pass
+        except APIError as e:
+            if e.status_code != 409:  # it is being removed already
+                raise
+
+    async def remove(self, user: str, volume: bool = False) -> None:
+        await self.call(lambda api: self._remove(api, user, volume))
+
+    def _remove(self, api: docker.APIClient, user: str, volume: bool) -> None:
+        for container in self._find(api, user):
+            self._discard(api, container["Id"])
+        name = self._volume(api, user) if volume else None
+        if name:
+            api.remove_volume(name)
+
+    async def exec(self, container: Container, argv: list[str], uid: int) -> DockerExec:
+        def start(api: docker.APIClient) -> tuple[str, Any]:
+            made = api.exec_create(container.id, argv, stdin=True, user=f"{uid}:{uid}")["Id"]
+            return made, api.exec_start(made, socket=True)
+
+        return DockerExec(self, *await self.call(start))
+
+    async def put(self, container: Container, tar: bytes) -> None:
+        await self.call(lambda api: api.put_archive(container.id, "/", tar))

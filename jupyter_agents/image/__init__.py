@@ -1,0 +1,1 @@
+"""The workspace image: its Dockerfile, its supervisor `agentctl`, and how it is built."""
