@@ -6,6 +6,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 with_docker := scripts/docker.sh
+jlpm := cd labextension && PATH="$(CURDIR)/.venv/bin:$$PATH" jlpm
 front_end := $(shell find labextension/src labextension/style labextension/schema -type f 2>/dev/null) \
   $(wildcard labextension/*.json)
 # Debian's packages, on Debian, as root; elsewhere these are for the user to install.
@@ -36,10 +37,11 @@ lint: .dev/lab
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
-	cd labextension && ../$(bin)/jlpm lint
+	$(jlpm) lint
 
 clean:
-	rm -rf .venv .dev dist jupyter_agents/labextension labextension/lib labextension/node_modules
+	rm -rf .venv .dev dist jupyter_agents/labextension
+	cd labextension && rm -rf lib tsconfig.tsbuildinfo node_modules
 
 .dev/venv: pyproject.toml
 	@mkdir -p .dev jupyter_agents/labextension
@@ -48,12 +50,14 @@ clean:
 	@command -v node > /dev/null || { $(or $(call apt,nodejs),false); } \
 	  || { echo "Node.js is missing: install version 20 or newer."; exit 1; }
 	$(PYTHON) -m venv .venv
+	@rm -rf .venv/share/jupyter/labextensions/jupyter-agents  # else pip would follow the link made below
 	HATCH_JUPYTER_BUILDER_SKIP_NPM=1 $(bin)/pip install -q -e '.[test]'
 	@touch $@
 
 # The front end, built, and linked to where JupyterLab looks for it.
 .dev/lab: .dev/venv $(front_end)
-	cd labextension && ../$(bin)/jlpm install --immutable > ../.dev/jlpm.log && ../$(bin)/jlpm build:prod
+	$(jlpm) install --immutable > ../.dev/jlpm.log
+	$(jlpm) build:prod
 	@rm -rf .venv/share/jupyter/labextensions/jupyter-agents
 	@mkdir -p .venv/share/jupyter/labextensions
 	@ln -s ../../../../jupyter_agents/labextension .venv/share/jupyter/labextensions/jupyter-agents

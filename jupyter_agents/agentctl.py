@@ -104,7 +104,7 @@ class Sample:
 
     @property
     def supervisors(self) -> dict[str, Process]:
-        """By run id. Anyone may call a process so: compare the uid with the agent's before believing it."""
+        """By run id, whoever they belong to: an agent may call a process of its own so."""
         return {p.supervises: p for p in self.processes if p.supervises}
 
     def memory(self, warning_bytes: int, limit_bytes: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from traitlets import Unicode, default
 
 from . import handlers
 from .docker_engine import DockerEngine
-from .workspace import Workspaces
+from .workspaces import Workspaces
 
 AUDIT_SCHEMA = Path(__file__).parent / "audit.yaml"
 AUDIT_ID = "https://events.jupyter-agents.org/audit"

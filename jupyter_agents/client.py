@@ -299,7 +299,7 @@ class Client:
             except (websocket.WebSocketException, OSError):
                 again.wait(self._gone())
             finally:
-                socket.close(timeout=0)
+                socket.shutdown()
 
     def _connect(self, timeout: float) -> websocket.WebSocket:
         try:
@@ -308,7 +308,10 @@ class Client:
                 header=self.headers,
                 timeout=10,
                 suppress_origin=True,  # it is a browser's protection; the token is ours
+                # The environment's proxy is passed over only by naming another one that is not used either.
+                http_proxy_host="none",
                 http_no_proxy=["*"],
+                skip_utf8_validation=True,  # it is slow, and decoding does it too
                 sslopt={} if self._verify else {"cert_reqs": 0, "check_hostname": False},
             )
         except websocket.WebSocketBadStatusException as error:
@@ -321,10 +324,18 @@ class Client:
     # --- HTTP ---------------------------------------------------------------------------------------------------
 
     def _object(self, method: str, path: str, **options: Any) -> JSON:
-        return dict(self._request(method, path, **options).json())
+        return dict(self._json(method, path, **options))
 
     def _list(self, method: str, path: str, **options: Any) -> list[Any]:
-        return list(self._request(method, path, **options).json())
+        return list(self._json(method, path, **options))
+
+    def _json(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            return self._request(method, path, **options).json()
+        except ValueError:
+            raise AgentsError(
+                f"The answer of {self.url} is not that of jupyter_agents: is it a Jupyter server?", "server_error"
+            ) from None
 
     def _request(self, method: str, path: str, timeout: Any = None, **options: Any) -> requests.Response:
         url = f"{self.url}jupyter-agents/{path}"

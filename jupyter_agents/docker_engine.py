@@ -31,6 +31,7 @@ T = TypeVar("T")
 AGENTCTL = Path(__file__).parent / "image" / "agentctl"
 AGENTCTL_SHA256 = hashlib.sha256(AGENTCTL.read_bytes()).hexdigest()
 LABEL = "jupyter-agents.user"
+DEPLOYMENT_LABEL = "jupyter-agents.deployment"
 AGENTCTL_LABEL = "jupyter-agents.agentctl"
 CA_BUNDLE = "opt/jupyter-agents/ca-bundle.pem"
 CREATE_ATTEMPTS = 50
@@ -144,6 +145,9 @@ class DockerEngine(Engine):
     image = Unicode("jupyter-agents:latest", help="Image of the workspaces; `jupyter agents build` makes it.").tag(
         config=True
     )
+    deployment = Unicode(
+        help="Tells the workspaces of several Hubs and servers on one Docker engine apart: each sees only its own."
+    ).tag(config=True)
     network = Unicode(
         "jupyter-agents",
         help="Bridge network of the workspaces, made when missing so that containers on it can't reach each other.",
@@ -245,9 +249,15 @@ class DockerEngine(Engine):
         return await self.call(lambda api: [self._container(c) for c in self._find(api, user)])
 
     def _find(self, api: docker.APIClient, user: str | None) -> list[dict[str, Any]]:
-        label = LABEL if user is None else f"{LABEL}={user}"
-        found: list[dict[str, Any]] = api.containers(all=True, filters={"label": label})
+        found: list[dict[str, Any]] = api.containers(all=True, filters={"label": self._labels(user)})
         return found
+
+    def _labels(self, user: str | None) -> list[str]:
+        """A filter for what is this deployment's, and the user's."""
+        return [f"{DEPLOYMENT_LABEL}={self.deployment}", LABEL if user is None else f"{LABEL}={user}"]
+
+    def _name(self, user: str) -> str:
+        return f"workspace-{slug(f'{self.deployment}/{user}' if self.deployment else user)}"
 
     def _container(self, found: dict[str, Any], image_id: str | None = None) -> Container:
         return Container(
@@ -286,20 +296,21 @@ class DockerEngine(Engine):
                 if e.status_code != 409:
                     raise
                 time.sleep(0.1)  # another server was faster, or the engine is still removing the last one
-        raise Unavailable(f"Docker keeps refusing to make the container workspace-{slug(user)}.", "engine_unavailable")
+        raise Unavailable(f"Docker keeps refusing to make the container {self._name(user)}.", "engine_unavailable")
 
     def _create(self, api: docker.APIClient, user: str, limits: Limits, image: dict[str, Any]) -> str:
-        volume = self._volume(api, user) or f"workspace-{slug(user)}"
-        api.create_volume(volume, labels={LABEL: user})
+        volume = self._volume(api, user) or self._name(user)
+        labels = {LABEL: user, DEPLOYMENT_LABEL: self.deployment}
+        api.create_volume(volume, labels=labels)
         made = api.create_container(
             self.image,
             # Somebody whom no agent is and whose files nobody has; what works here is started by exec.
             user="65534:65534",
             command=["tail", "-f", "/dev/null"],
             entrypoint=[],
-            name=f"workspace-{slug(user)}",
+            name=self._name(user),
             hostname="workspace",
-            labels={LABEL: user, AGENTCTL_LABEL: AGENTCTL_SHA256},
+            labels={**labels, AGENTCTL_LABEL: AGENTCTL_SHA256},
             host_config=api.create_host_config(
                 mem_limit=limits.memory_bytes,
                 memswap_limit=limits.memory_bytes,  # by default Docker allows as much swap again
@@ -319,7 +330,7 @@ class DockerEngine(Engine):
         return str(made)
 
     def _volume(self, api: docker.APIClient, user: str) -> str | None:
-        found = api.volumes(filters={"label": f"{LABEL}={user}"})["Volumes"] or []
+        found = api.volumes(filters={"label": self._labels(user)})["Volumes"] or []
         return str(found[0]["Name"]) if found else None
 
     def _make_network(self, api: docker.APIClient) -> None:

@@ -19,9 +19,12 @@ from tornado.iostream import StreamClosedError
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from . import contract
+from .agents import check_agent_id
 from .engine import Exec
 from .errors import AgentsError, BadRequest, TooLarge
-from .workspace import MAX_PROMPT, Message, Workspace, check_agent_id
+from .link import Message
+from .runs import MAX_PROMPT
+from .workspace import Workspace
 
 MAX_JSON = 8 * MAX_PROMPT  # a prompt may be escaped
 MAX_SUBSCRIPTIONS = 32

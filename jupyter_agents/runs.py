@@ -1,143 +1,289 @@
-"""One run: its record, and how it ended."""
+"""A user's runs: start, follow, cancel, and how they end."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
-import secrets
+import math
+import shlex
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
-from . import claude
+from . import agentctl, claude, environment
+from .agents import Agent, Agents
+from .engine import Exec
+from .errors import AgentsError, BadRequest, Conflict, ContainerGone, NotFound, TooLarge
+from .run import SHOWN_OF_PROMPT, Run, new_id
+from .settings import Settings
 
-RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
-SHOWN_OF_PROMPT = 2000
+MAX_PROMPT = 2**20
+MAX_FOLLOWERS = 64
 
 
-def new_id() -> str:
-    """Sorts by time, and two servers never make the same."""
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+class Runs(Agents):
+    """Runs by id, those of all agents. A run's log is the only source of what is told of it."""
 
-
-@dataclass
-class Run:
-    """What the API shows of a run, and the few things that it doesn't show."""
-
-    id: str
-    agent: str
-    prompt: str
-    model: str | None
-    continued: bool
-    started: float
-    container: str
-    state: str = "running"
-    ended: float | None = None
-    activity: str | None = None
-    result: dict[str, Any] | None = None
-    error: dict[str, str] | None = None
-    oom_kills: int = 0
-    peak_bytes: int | None = None
-    session_id: str | None = None
-
-    HIDDEN = ("container", "session_id")
+    def __init__(self, user: str, settings: Settings):
+        super().__init__(user, settings)
+        self.runs: dict[str, Run] = {}
+        self._following: dict[str, asyncio.Task[None]] = {}
+        self._followers = 0
+        self._reserved: set[str] = set()  # ids of runs whose supervisor may not be there yet
+        self._ended: dict[str, asyncio.Event] = {}
 
     @property
-    def active(self) -> bool:
-        return self.state == "running"
+    def active_runs(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.active]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in self.HIDDEN}
+    def runs_of(self, agent: str | None = None) -> list[Run]:
+        """Runs of one agent or of all, newest first."""
+        found = [run for run in self.runs.values() if agent in (None, run.agent)]
+        return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
 
-    def record(self) -> str:
-        """What is written beside the log when the run starts: one line of JSON."""
-        kept = ("id", "agent", "prompt", "model", "continued", "started", "container")
-        return json.dumps({key: getattr(self, key) for key in kept})
+    def _session_of(self, agent: str) -> str | None:
+        return next((run.session_id for run in self.runs_of(agent) if run.session_id), None)
 
-    @classmethod
-    def from_files(cls, agent: str, files: dict[str, bytes], memory_bytes: int) -> Run | None:
-        """A run read back from its directory, by file name; None when its record makes no sense.
+    def run(self, run_id: str) -> Run:
+        if run_id not in self.runs:
+            raise NotFound(f"There is no run `{run_id[:40]}`: look at the list of runs.", "unknown_run")
+        return self.runs[run_id]
 
-        Without an end it is taken for active: whether it is, only its container knows.
-        """
+    async def _load(self, name: str, uid: int) -> None:
+        """Read an agent's directory: names of variables, and runs."""
+        if self.container is None:
+            raise ContainerGone
         try:
-            record = json.loads(files["record"])
-            run = cls(
-                id=str(record["id"]),
-                agent=agent,
-                prompt=str(record["prompt"])[:SHOWN_OF_PROMPT],
-                model=None if record["model"] is None else str(record["model"]),
-                continued=bool(record["continued"]),
-                started=float(record["started"]),
-                container=str(record["container"]),
+            async with self._request(self.container, "load", uid, {"agent": name}) as process:
+                files = agentctl.untar(await self._all(process))
+        except NotFound:
+            return  # removed since we heard of it
+        agent = self.agents.setdefault(name, Agent(name, uid))
+        agent.uid = uid
+        agent.env = sorted(environment.read(files.get(".env", (b"", 0))[0].decode("utf-8", "replace")))
+        agent.created = files.get(".agent/created", (b"", agent.created))[1]
+        by_run: dict[str, dict[str, bytes]] = {}
+        for path, (content, _) in files.items():
+            if path.startswith(".agent/runs/") and path.count("/") == 3:
+                _, _, run_id, file = path.split("/")
+                by_run.setdefault(run_id, {})[file] = content
+        for run_id, contents in by_run.items():
+            read = Run.from_files(name, contents, self.limits.memory_bytes)
+            if read is None or read.id != run_id:
+                continue
+            known = self.runs.get(run_id)
+            if known is None:
+                self.runs[run_id] = read
+            elif known.active and not read.active:
+                known.settle(read)
+                self._end(known)
+
+    def _forget(self, name: str) -> None:
+        self.agents.pop(name, None)
+        for run in self.runs_of(name):
+            del self.runs[run.id]
+
+    async def remove_agent(self, agent_id: str) -> None:
+        """Cancel its run and delete its directory."""
+        await self.connect()
+        self.agent(agent_id)
+        await asyncio.gather(*(self.cancel(run.id) for run in self.active_runs if run.agent == agent_id))
+        await super().remove_agent(agent_id)
+        self._forget(agent_id)
+
+    async def start_run(self, agent_id: str, request: dict[str, Any]) -> Run:
+        """Start a run for a RunRequest of the API. Raises `Conflict` when the agent or the user has enough of them."""
+        prompt = request["prompt"].encode("utf-8", "replace")
+        if not prompt.strip():
+            raise BadRequest("The prompt is empty: say what the agent shall do.", "empty_prompt")
+        if len(prompt) > MAX_PROMPT:
+            raise TooLarge("A prompt may have 1 MiB at most: put the rest into a file of the agent.", "too_large")
+        container = await self.connect()
+        agent = self.agent(agent_id)
+        # From here to the reservation nothing is awaited, so that no other start can come between.
+        if agent.lock.locked() or any(run.agent == agent_id for run in self.active_runs):
+            raise Conflict(f"The agent `{agent_id}` is at work: wait for its run, or stop it.", "agent_busy")
+        if len(self.active_runs) >= self.limits.runs:
+            names = ", ".join(sorted(run.agent for run in self.active_runs))
+            raise Conflict(
+                f"{len(self.active_runs)} runs are active ({names}), which is the limit: wait for one, or stop it.",
+                "too_many_runs",
             )
-        except (KeyError, TypeError, ValueError):
-            return None
-        if not RUN_ID.fullmatch(run.id):
-            return None
-        found = re.search(rb'"session_id":"([0-9a-f-]{1,64})"', files.get("session", b""))
-        run.session_id = found[1].decode() if found else None
-        end = claude.parse(files.get("end", b""))
-        if end["type"] == "run_end":
-            run.conclude(end, claude.parse(files.get("result", b"")), files.get("stderr.tail", b""), memory_bytes)
+        session = self._session_of(agent_id) if request.get("continue", True) else None
+        run = Run(
+            id=new_id(),
+            agent=agent_id,
+            prompt=request["prompt"][:SHOWN_OF_PROMPT],
+            model=request.get("model"),
+            continued=session is not None,
+            started=time.time(),
+            container=container.id,
+        )
+        self.runs[run.id] = run
+        self._reserved.add(run.id)
+        self._ended[run.id] = asyncio.Event()
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._follow(run, self._launch(run, agent, prompt, claude.options(request, session), request, ready))
+        try:
+            await asyncio.shield(ready)
+        finally:
+            self._changed()
         return run
 
-    def see(self, event: claude.Event) -> bool:
-        """Take note of an event of the log; whether something that is shown has changed."""
-        self.session_id = self.session_id or claude.session_id(event)
-        activity = claude.activity(event)
-        if activity is None or activity == self.activity:
-            return False
-        self.activity = activity
-        return True
+    async def _launch(
+        self,
+        run: Run,
+        agent: Agent,
+        prompt: bytes,
+        options: list[str],
+        request: dict[str, Any],
+        ready: asyncio.Future[None],
+    ) -> None:
+        """Start the run's supervisor and go on to read its log, all in one exec."""
+        timeout = request.get("timeout", self.settings.run_timeout)
+        try:
+            async with self._exec(
+                "run",
+                agent.uid,
+                agent=agent.id,
+                run=run.id,
+                size=len(prompt),
+                record=run.record(),
+                options=shlex.join(options),
+                timeout=math.ceil(timeout),
+                idle=math.ceil(self.settings.run_idle_timeout),
+                linger=math.ceil(self.settings.run_linger),
+            ) as process:
+                size = await process.stdout.readline()
+                if not size:
+                    await self._check(process)
+                dotenv = await process.stdout.readexactly(int(size))
+                variables = environment.for_run(
+                    environment.passed_on(self.settings.pass_environment, self.settings.environment),
+                    self.engine.ca_bundle_path,
+                    dotenv.decode("utf-8", "replace"),
+                )
+                exports = agentctl.assignments(variables, export=True)
+                await process.write(exports.encode("utf-8", "surrogateescape") + b"\n" + prompt)
+                if await process.stdout.readline() != b"started\n":
+                    await self._check(process)
+                self._audit("run_started", agent=agent.id, run=run.id, state=run.state)
+                self._tell({"type": "run", "run": run.to_dict()})
+                ready.set_result(None)
+                self._reserved.discard(run.id)
+                await self._read_log(run, process)
+        except Exception as e:
+            if ready.done():
+                raise
+            del self.runs[run.id]
+            if isinstance(e, (asyncio.IncompleteReadError, ValueError)):
+                e = ContainerGone()
+            ready.set_exception(e)
+        finally:
+            self._reserved.discard(run.id)
 
-    def conclude(self, end: claude.Event, result: claude.Event, stderr: bytes, memory_bytes: int) -> None:
-        """Settle how it ended, from its `run_end` event, Claude's `result` event (or none) and standard error."""
-        self.activity = None
-        self.ended = _number(end.get("ended")) or time.time()
-        self.oom_kills = int(_number(end.get("oom_kills")) or 0)
-        self.peak_bytes = int(_number(end.get("peak_bytes")) or 0) or None
-        if result["type"] == "result":
-            self.result = claude.result(result)
-            self.session_id = self.result["session_id"] or self.session_id
-        self.state, reason, message = self._outcome(end, result, stderr, memory_bytes)
-        self.error = {"reason": reason, "message": message} if reason else None
+    def _follow(self, run: Run, start: Coroutine[None, None, None] | None = None) -> None:
+        """Read the log of an active run, as long as that takes, to know what it does and how it ends."""
+        if run.id not in self._following:
+            self._ended.setdefault(run.id, asyncio.Event())
+            task = asyncio.get_running_loop().create_task(self._read_on(run, start))
+            self._following[run.id] = task
+            task.add_done_callback(lambda _: self._following.pop(run.id, None))
 
-    def _outcome(
-        self, end: claude.Event, result: claude.Event, stderr: bytes, memory_bytes: int
-    ) -> tuple[str, str, str]:
-        reason, code = end.get("reason"), end.get("exit_code")
-        if reason == "cancelled":
-            return "cancelled", "cancelled", "The run was cancelled."
-        if reason == "timed_out":
-            return "timed_out", "timed_out", "The run took longer than its timeout and was stopped."
-        if reason == "hung":
-            return "timed_out", "hung", "The run gave no sign of life for too long and was stopped."
-        if code == 137 and self.oom_kills:
-            cap, peak = memory_bytes / 2**20, (self.peak_bytes or 0) / 2**20
-            text = f"The workspace ran out of memory and Claude was killed: its cap is {cap:.0f} MB"
-            return "oom_killed", "oom_killed", f"{text}, its use peaked at {peak:.0f} MB. Run less at once."
-        if result["type"] == "result":
-            failed = claude.failure(result)
-            return ("failed", *failed) if failed else ("succeeded", "", "")
-        if code == 0:
-            return "succeeded", "", ""
-        told = " ".join(stderr.decode("utf-8", "replace").split())[-1000:]
-        return "failed", "claude_error", f"Claude ended with exit code {code}" + (f": {told}" if told else ".")
+    async def _read_on(self, run: Run, start: Coroutine[None, None, None] | None) -> None:
+        while run.id in self.runs and run.active:
+            try:
+                reading, start = start or self._read_again(run), None
+                await reading
+                if run.active:
+                    await self.refresh()  # it ended unseen, or only our reading did
+            except AgentsError as e:
+                self._set_problem(e)
+            if run.active:
+                await asyncio.sleep(1)
 
-    def settle(self, read: Run) -> None:
-        """Take over the final state of the same run, read from its directory."""
-        self.__dict__.update(read.__dict__)
+    async def _read_again(self, run: Run) -> None:
+        uid = self.agent(run.agent).uid
+        async with self._exec("follow", uid, agent=run.agent, run=run.id, since=0, wait=1) as process:
+            await self._read_log(run, process)
 
-    def lose(self, disk_full: bool = False) -> None:
-        """Its container, or its supervisor, is gone and left no end behind."""
-        self.state, self.activity, self.ended = "lost", None, time.time()
-        if disk_full:
-            self.error = {"reason": "disk_full", "message": "The workspace's disk filled up and the run's end is lost."}
-        else:
-            message = "The workspace's container went away during the run; what the agent wrote until then is kept."
-            self.error = {"reason": "workspace_lost", "message": message}
+    async def _read_log(self, run: Run, process: Exec) -> None:
+        lines, result = claude.Lines(), claude.parse(b"")
+        while run.active and (chunk := await process.stdout.read(2**16)):
+            for line in lines.feed(chunk):
+                event = claude.parse(line)
+                if event["type"] == "result":
+                    result = event
+                elif event["type"] == "run_end":
+                    await self._conclude(run, event, result)
+                elif run.see(event):
+                    self._changed()
+        await process.write(b"\n")
 
+    async def _conclude(self, run: Run, end: claude.Event, result: claude.Event) -> None:
+        if result["type"] != "result":
+            # Only the directory has what Claude said on standard error.
+            agent = self.agents[run.agent]
+            await self._load(agent.id, agent.uid)
+        if run.active:
+            run.conclude(end, result, b"", self.limits.memory_bytes)
+            self._end(run)
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+    def _end(self, run: Run) -> None:
+        """Tell everyone that a run, which has its final state, has ended."""
+        self._audit("run_ended", agent=run.agent, run=run.id, state=run.state)
+        self._tell({"type": "run", "run": run.to_dict()})
+        if run.id in self._ended:
+            self._ended.pop(run.id).set()
+        self._used = time.monotonic()
+        self._changed()
+
+    async def cancel(self, run_id: str) -> Run:
+        """Stop a run and all that it started; answers when it has ended."""
+        run = self.run(run_id)
+        while run.id in self._reserved:
+            await asyncio.sleep(0.02)
+        if run.active:
+            ended = self._ended.setdefault(run_id, asyncio.Event())
+            await self._ask("stop", self.agent(run.agent), run=run_id)
+            try:
+                await asyncio.wait_for(ended.wait(), 2)
+            except asyncio.TimeoutError:
+                await self.refresh()
+        return self.run(run_id)
+
+    async def events(self, run_id: str, since: int, follow: bool) -> AsyncGenerator[list[bytes], None]:
+        """A run's events from number `since` on, in lists as they come, each as its line of JSON."""
+        await self.connect()
+        run = self.run(run_id)
+        if self._followers >= MAX_FOLLOWERS:
+            raise Conflict(
+                f"{MAX_FOLLOWERS} readers of logs are open, which is the limit: close one.", "too_many_readers"
+            )
+        self._followers += 1
+        try:
+            while True:
+                live = follow and run.active
+                async with self._exec(
+                    "follow", self.agent(run.agent).uid, agent=run.agent, run=run_id, since=since, wait=int(live)
+                ) as process:
+                    lines, ended = claude.Lines(), False
+                    while not ended and (chunk := await process.stdout.read(2**16)):
+                        batch = [(claude.parse(line), line) for line in lines.feed(chunk)]
+                        ended = any(event["type"] == "run_end" for event, _ in batch)
+                        since += len(batch)
+                        yield [json.dumps(event).encode() if event["type"] == "raw" else line for event, line in batch]
+                    if live:
+                        await process.write(b"\n")
+                if ended or not live:
+                    return
+                await asyncio.sleep(1)  # its container went away; whether the run did is being found out
+        finally:
+            self._followers -= 1
+
+    async def diff(self, agent_id: str) -> str:
+        """What the last run changed, up to now, as a unified diff."""
+        await self.connect()
+        agent = self.agent(agent_id)
+        runs = self.runs_of(agent_id)
+        return await self._ask("diff", agent, run=runs[0].id) if runs else ""

@@ -42,7 +42,10 @@ def says(text: str) -> list[dict[str, Any]]:
     half = len(text) // 2
     return [
         *(
-            {"type": "stream_event", "event": {"type": "content_block_delta", "delta": {"type": "text_delta", "text": t}}}
+            {
+                "type": "stream_event",
+                "event": {"type": "content_block_delta", "delta": {"type": "text_delta", "text": t}},
+            }
             for t in (text[:half], text[half:])
         ),
         {"type": "assistant", "message": {"content": [{"type": "text", "text": text}]}},
@@ -371,7 +374,10 @@ class Events(websocket.WebSocketHandler):
             if self.api.runs[run]["state"] != "running":
                 self.say({"type": "end", "run": run, "next": since})
                 return
-            await changed.wait()
+            try:
+                await changed.wait()
+            except asyncio.CancelledError:
+                return  # the server ends
         self.say({"type": "error", "run": run, "message": f"There is no run {run}.", "reason": "unknown_run"})
 
 

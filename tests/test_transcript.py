@@ -174,7 +174,7 @@ def test_megabytes_are_cut_to_head_and_tail() -> None:
     for item, limit in ((Text("x" * 2**20 + "END"), TEXT_LIMIT), (Tool("T", "", "", result="y" * 2**20), DETAIL_LIMIT)):
         shown = item_markdown(item)
         assert len(shown) < limit + 500
-        assert "characters left out" in shown.replace("&#", "")
+        assert "characters left out" in shown
     assert item_text(Text("x" * 2**20 + "END")).endswith("END")
     assert len(shorten("z" * 2**20)) == 120
 
@@ -186,7 +186,13 @@ def test_render() -> None:
 
 
 def test_words_for_numbers() -> None:
-    assert [size(n) for n in (5, 2048, 312 * 2**20, 2**30, 1.5 * 2**30)] == ["5 bytes", "2 kB", "312 MB", "1 GB", "1.5 GB"]
+    assert [size(n) for n in (5, 2048, 312 * 2**20, 2**30, 1.5 * 2**30)] == [
+        "5 bytes",
+        "2 kB",
+        "312 MB",
+        "1 GB",
+        "1.5 GB",
+    ]
     assert [seconds(n) for n in (1.23, 42, 75, 7300)] == ["1.2 s", "42 s", "1 min 15 s", "2 h 1 min"]
 
 

@@ -1,0 +1,156 @@
+"""The way into a user's container, which is started or adopted when it is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from . import agentctl
+from .engine import Container, Exec
+from .errors import AgentsError, ContainerGone, TooLarge, Unavailable
+from .settings import Settings
+
+Message = dict[str, Any]
+
+
+class Link(ABC):
+    """One user's container, and requests to agentctl in it."""
+
+    def __init__(self, user: str, settings: Settings):
+        self.user = user
+        self.settings = settings
+        self.engine = settings.engine
+        self.log = settings.log
+        self.limits = settings.limits_for(user)
+        self.container: Container | None = None
+        self.problem: AgentsError | None = None
+        self._starting = False
+        self._wanted = False
+        self._lock = asyncio.Lock()
+        self._execs = 0
+        self._used = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        return self.container.name if self.container else f"the workspace of {self.user!r}"
+
+    def _audit(self, action: str, **about: str) -> None:
+        self.settings.audit({"action": action, "user": self.user, **about})
+
+    @abstractmethod
+    def _changed(self) -> None:
+        """Something that is shown has changed."""
+
+    @abstractmethod
+    def _tell(self, message: Message) -> None:
+        """Send a message to all that listen."""
+
+    @abstractmethod
+    async def _take(self, sample: agentctl.Sample, everything: bool = False) -> None:
+        """Bring what is known of the container in line with a sample."""
+
+    @abstractmethod
+    async def refresh(self, older_than: float = 0) -> None:
+        """Take a sample, unless that was done less than `older_than` seconds ago."""
+
+    async def connect(self) -> Container:
+        """The running container, started or adopted when need be."""
+        self._wanted = True
+        self._used = time.monotonic()
+        async with self._lock:
+            if self.container is None:
+                self._starting = True
+                self._changed()
+                try:
+                    await self._start()
+                    self.problem = None
+                except AgentsError as e:
+                    self._set_problem(e)
+                    raise
+                finally:
+                    self._starting = False
+                    self._changed()
+            assert self.container is not None
+            return self.container
+
+    async def _start(self) -> None:
+        container = await self.engine.ensure(self.user, self.limits)
+        sample = await self._look_into(container)
+        if container.outdated and not sample.supervisors:
+            await self.engine.remove(self.user)
+            container = await self.engine.ensure(self.user, self.limits)
+            sample = await self._look_into(container)
+        self.container = container
+        try:
+            await self._take(sample, everything=True)
+        except BaseException:
+            self.container = None
+            raise
+
+    def _set_problem(self, error: AgentsError) -> None:
+        if self.problem is None or self.problem.message != error.message:
+            self.log.warning("%s: %s", self.name, error)
+        self.problem = error
+        if isinstance(error, Unavailable):
+            self._lost()
+        self._changed()
+
+    def _lost(self) -> None:
+        """The container is not to be reached; what became of its runs is seen when one is there again."""
+        self.container = None
+        self._changed()
+
+    async def _look_into(self, container: Container) -> agentctl.Sample:
+        async with self._request(container, "sample", 0, {}) as process:
+            return agentctl.Sample.parse((await self._all(process)).decode("utf-8", "replace"))
+
+    @asynccontextmanager
+    async def _request(
+        self, container: Container, verb: str, uid: int, values: dict[str, object]
+    ) -> AsyncIterator[Exec]:
+        process = await self.engine.exec(container, ["sh", agentctl.PATH, verb], uid)
+        try:
+            await process.write(agentctl.request({"agent": "", "run": ""} | values))
+            yield process
+        finally:
+            process.close()
+
+    @asynccontextmanager
+    async def _exec(self, verb: str, uid: int, **values: object) -> AsyncIterator[Exec]:
+        """Ask agentctl for something, and once more where the container has just gone. But for a watch, it keeps it."""
+        counted = verb != "watch"
+        self._execs += counted
+        try:
+            container = await self.connect()
+            try:
+                process = await self.engine.exec(container, ["sh", agentctl.PATH, verb], uid)
+            except ContainerGone:
+                self._lost()
+                process = await self.engine.exec(await self.connect(), ["sh", agentctl.PATH, verb], uid)
+            try:
+                await process.write(agentctl.request({"agent": "", "run": ""} | values))
+                yield process
+            finally:
+                process.close()
+        finally:
+            self._execs -= counted
+            self._used = time.monotonic()
+
+    async def _all(self, process: Exec, most: int = 64 * 2**20) -> bytes:
+        """All that it prints, and an error if it fails."""
+        out = bytearray()
+        while chunk := await process.stdout.read(2**16):
+            out += chunk
+            if len(out) > most:
+                raise TooLarge(f"The answer is larger than {most // 2**20} MB.", "too_large")
+        await self._check(process)
+        return bytes(out)
+
+    async def _check(self, process: Exec) -> None:
+        code = await process.wait()
+        if code:
+            raise agentctl.error(code, process.stderr)
