@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ def model_addresses() -> tuple[list[str], str]:
 
 def main() -> int:
     lab = [sys.executable, "-m", "jupyterlab", "demo.ipynb", *sys.argv[1:]]
+    if os.name == "posix" and os.getuid() == 0:  # as on the machines where we may start Docker
+        lab.append("--allow-root")
     if os.environ.get("ANTHROPIC_API_KEY") or os.environ.get("CLAUDE_CODE_OAUTH_TOKEN"):
         return subprocess.call(lab, cwd=DEMO)
     hosts, name = model_addresses()
@@ -47,6 +50,7 @@ def main() -> int:
             ANTHROPIC_API_KEY="scripted",
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
         )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             return subprocess.call(lab, cwd=DEMO)
         finally:
