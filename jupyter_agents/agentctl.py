@@ -32,6 +32,11 @@ def _quote(value: str) -> str:
     return shlex.quote(value).replace("\n", "'\"$nl\"'")
 
 
+def certificates(agent: str) -> str:
+    """Where a run finds the CA bundle of its network."""
+    return f"/workspace/agent-{agent}/.agent/ca-bundle.pem"
+
+
 ERRORS: dict[int, AgentsError] = {
     2: NotFound("There is no file or folder of that name.", "unknown_file"),
     3: Conflict("Something of that name exists already: choose another name, or delete it first.", "file_exists"),

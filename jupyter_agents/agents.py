@@ -103,16 +103,13 @@ class Agents(Link):
         await self.connect()
         agent = self.agent(agent_id)
         async with agent.lock:
-            await self._ask("wipe", agent)
-            # An agent that opened its directory to others may have files of theirs in it.
-            for other in list(self.agents.values()):
-                try:
-                    async with self._exec("discard", 0, agent=agent_id) as process:
-                        await self._check(process)
-                    break
-                except AgentsError:
-                    async with self._exec("wipe", other.uid, agent=agent_id) as process:
-                        await process.wait()
+            # An agent that opened its directory to others may have files of theirs in it, and they in turn its own.
+            for owner in 2 * sorted(self.agents.values(), key=lambda other: other is not agent):
+                async with self._exec("wipe", owner.uid, agent=agent_id) as process:
+                    await process.wait()
+                async with self._exec("discard", 0, agent=agent_id) as process:
+                    if not await process.wait():
+                        break
             else:
                 raise Conflict(f"The directory of `{agent_id}` can't be emptied; try again.", "agent_busy")
         self._audit("agent_removed", agent=agent_id)
@@ -124,8 +121,11 @@ class Agents(Link):
         """Set variables, or unset those whose value is None; the names that there are now."""
         await self.connect()
         agent = self.agent(agent_id)
-        if any("\0" in value for value in changes.values() if value):
-            raise BadRequest("A value can't hold the character NUL.", "bad_request")
+        for name, value in changes.items():
+            if value is not None and not environment.settable(name):
+                raise BadRequest(f"`{name[:40]}` can't be the name of a variable.", "bad_request")
+            if value and re.search("[\0\ud800-\udfff]", value):
+                raise BadRequest(f"The value of `{name}` holds NUL or half a character.", "bad_request")
         async with agent.lock:
             text = environment.edit(await self._ask("getenv", agent), changes)
             data = text.encode()

@@ -74,7 +74,7 @@ class Lines:
 def parse(line: bytes) -> Event:
     """One line of a log as an event; what is no JSON object becomes `{"type": "raw", "text": ...}`."""
     try:
-        event = json.loads(line, parse_constant=_refuse)
+        event = _decoder.decode(line.decode())
     except (ValueError, RecursionError):
         event = None
     if isinstance(event, dict) and isinstance(event.get("type"), str):
@@ -84,6 +84,9 @@ def parse(line: bytes) -> Event:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")  # but Python's parser would take it, and a browser's would not
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse)  # json.loads would make one for each line, for twice the time
 
 
 def activity(event: Event) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import importlib.metadata
 import json
@@ -362,22 +363,25 @@ def _build(args: argparse.Namespace) -> int:
     import docker
 
     from .docker_engine import DockerEngine
-    from .image.build import build
+    from .errors import Unavailable
+    from .image.build import BASE, build
 
     engine = DockerEngine()
-    options = {"base": args.base} if args.base else {}
     try:
-        build(
-            docker.from_env(timeout=600),
-            args.tag or engine.image,
-            ca_bundle=args.ca_bundle or engine.ca_bundle,
-            log=lambda line: say(line, sys.stderr),
-            **options,
-        )
-    except docker.errors.BuildError as error:
-        raise AgentsError(str(error), "build_failed") from error
+        with contextlib.closing(docker.from_env()) as client:
+            build(
+                client,
+                args.tag or engine.image,
+                args.base or BASE,
+                args.ca_bundle or engine.ca_bundle,
+                log=lambda line: say(line, sys.stderr),
+            )
+    except Unavailable as error:
+        raise AgentsError(**error.to_dict()) from error
     except docker.errors.DockerException as error:
-        raise AgentsError(f"Docker doesn't answer; start the Docker engine. ({error})", "engine_unavailable") from error
+        raise AgentsError(
+            f"The Docker engine doesn't do it: start it, or see what it says ({error}).", "engine_unavailable"
+        ) from error
     return 0
 
 

@@ -299,7 +299,7 @@ class Client:
             except (websocket.WebSocketException, OSError):
                 again.wait(self._gone())
             finally:
-                socket.shutdown()
+                socket.shutdown()  # type: ignore[no-untyped-call]
 
     def _connect(self, timeout: float) -> websocket.WebSocket:
         try:
@@ -513,16 +513,22 @@ def _private_server(timeout: float = 60) -> Client:
         info_file = Path(jupyter_runtime_dir()) / f"jpserver-{process.pid}.json"
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
             try:
                 info = json.loads(info_file.read_text())
+                if info["token"] != token:
+                    continue  # of a former process of this number
+                client = Client(_address(info), token)
+                client.workspace()
             except (OSError, ValueError):
-                time.sleep(0.05)
                 continue
-            if info.get("token") == token:  # else it is the file of a former process of this number
-                atexit.register(process.stdin.close)
-                _private = process, Client(_address(info), token)
-                return _private[1]
-            time.sleep(0.05)
+            except AgentsError as error:
+                if error.status:
+                    break
+                continue  # it doesn't listen yet
+            atexit.register(process.stdin.close)
+            _private = process, client
+            return client
         process.kill()
         process.wait()
         errors.seek(0)
@@ -550,7 +556,8 @@ def serve_privately() -> None:
             self.jpserver_extensions = {"jupyter_agents": True}
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # unlike sys.stdin, nothing that the interpreter has to lock when it ends
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -33,8 +33,7 @@ AGENTCTL_SHA256 = hashlib.sha256(AGENTCTL.read_bytes()).hexdigest()
 LABEL = "jupyter-agents.user"
 DEPLOYMENT_LABEL = "jupyter-agents.deployment"
 AGENTCTL_LABEL = "jupyter-agents.agentctl"
-CA_BUNDLE = "opt/jupyter-agents/ca-bundle.pem"
-CREATE_ATTEMPTS = 50
+CREATE_ATTEMPTS = 150
 
 
 def slug(user: str) -> str:
@@ -46,12 +45,10 @@ def slug(user: str) -> str:
     return f"{readable}-{hashlib.sha256(user.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def bootstrap(ca_bundle: str) -> bytes:
-    """Tar of what an image that isn't ours lacks: agentctl, the mount point's mode, and the host's CA bundle."""
+def bootstrap() -> bytes:
+    """Tar of what an image that isn't ours lacks: agentctl, and the mount point's mode."""
     files = [("opt/jupyter-agents", None, 0o755), ("opt/jupyter-agents/agentctl", AGENTCTL, 0o755)]
     files += [("workspace", None, 0o711)]
-    if ca_bundle:
-        files.append((CA_BUNDLE, Path(ca_bundle), 0o644))
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for name, path, mode in files:
@@ -170,8 +167,11 @@ class DockerEngine(Engine):
         self._connecting = threading.Lock()
 
     @property
-    def ca_bundle_path(self) -> str | None:
-        return f"/{CA_BUNDLE}" if self.ca_bundle else None
+    def certificates(self) -> bytes:
+        try:
+            return Path(self.ca_bundle).read_bytes() if self.ca_bundle else b""
+        except OSError as e:
+            raise Unavailable(f"The CA bundle can't be read: {e}.", "ca_bundle_missing") from None
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)
@@ -259,7 +259,7 @@ class DockerEngine(Engine):
     def _name(self, user: str) -> str:
         return f"workspace-{slug(f'{self.deployment}/{user}' if self.deployment else user)}"
 
-    def _container(self, found: dict[str, Any], image_id: str | None = None) -> Container:
+    def _container(self, found: dict[str, Any], image_id: str | None = None, new: bool = False) -> Container:
         return Container(
             id=found["Id"],
             name=found["Names"][0].lstrip("/") if found["Names"] else found["Id"][:12],
@@ -267,27 +267,29 @@ class DockerEngine(Engine):
             running=found["State"] == "running",
             started=float(found["Created"]),  # it is started as soon as it is made, and never again
             outdated=image_id not in (None, found["ImageID"]),
+            new=new,
         )
 
     async def ensure(self, user: str, limits: Limits) -> Container:
         return await self.call(lambda api: self._ensure(api, user, limits))
 
     def _ensure(self, api: docker.APIClient, user: str, limits: Limits) -> Container:
-        image = self._image(api)
+        image, new = self._image(api), False
         for _ in range(CREATE_ATTEMPTS):
             found = self._find(api, user)
             if found and found[0]["State"] == "running":
                 if found[0]["Labels"].get(AGENTCTL_LABEL) != AGENTCTL_SHA256:
-                    api.put_archive(found[0]["Id"], "/", bootstrap(self.ca_bundle))
-                return self._container(found[0], image["Id"])
+                    api.put_archive(found[0]["Id"], "/", bootstrap())
+                return self._container(found[0], image["Id"], new)
             if found and found[0]["State"] == "created" and time.time() - found[0]["Created"] < 10:
                 time.sleep(0.1)  # another server is just making it
                 continue
             for leftover in found:
                 self._discard(api, leftover["Id"])
             try:
-                made = self._create(api, user, limits, image)
-                api.start(made)
+                volume = self._volume(api, user)
+                api.start(self._create(api, user, limits, image, volume or self._name(user)))
+                new = volume is None
             except DockerNotFound as e:
                 if "network" not in str(e.explanation):
                     continue  # somebody removed it between the two calls
@@ -298,8 +300,9 @@ class DockerEngine(Engine):
                 time.sleep(0.1)  # another server was faster, or the engine is still removing the last one
         raise Unavailable(f"Docker keeps refusing to make the container {self._name(user)}.", "engine_unavailable")
 
-    def _create(self, api: docker.APIClient, user: str, limits: Limits, image: dict[str, Any]) -> str:
-        volume = self._volume(api, user) or self._name(user)
+    def _create(
+        self, api: docker.APIClient, user: str, limits: Limits, image: dict[str, Any], volume: str
+    ) -> str:
         labels = {LABEL: user, DEPLOYMENT_LABEL: self.deployment}
         api.create_volume(volume, labels=labels)
         made = api.create_container(
@@ -325,8 +328,8 @@ class DockerEngine(Engine):
             ),
         )["Id"]
         own = (image["Config"].get("Labels") or {}).get(AGENTCTL_LABEL)
-        if self.ca_bundle or own != AGENTCTL_SHA256:
-            api.put_archive(made, "/", bootstrap(self.ca_bundle))
+        if own != AGENTCTL_SHA256:
+            api.put_archive(made, "/", bootstrap())
         return str(made)
 
     def _volume(self, api: docker.APIClient, user: str) -> str | None:

@@ -24,7 +24,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Container:
-    """A workspace's container. `outdated`: made from another image than the engine's present one."""
+    """A workspace's container. `outdated`: made from another image than the engine's present one.
+
+    `new`: just made, and on a volume that was empty.
+    """
 
     id: str
     name: str
@@ -32,6 +35,7 @@ class Container:
     running: bool
     started: float
     outdated: bool = False
+    new: bool = False
 
 
 class Exec(Protocol):
@@ -57,9 +61,9 @@ class Engine(LoggingConfigurable):
     """Where workspaces live. All methods raise `Unavailable` when the engine can't be reached or lacks the image."""
 
     @property
-    def ca_bundle_path(self) -> str | None:
-        """Where in the containers the CA bundle is that their network needs, if any."""
-        return None
+    def certificates(self) -> bytes:
+        """The CA bundle that runs need in the workspaces' network, in PEM; empty for none."""
+        return b""
 
     @abstractmethod
     async def check(self) -> None:

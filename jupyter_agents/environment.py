@@ -56,15 +56,16 @@ def settable(name: str) -> bool:
     return bool(NAME.fullmatch(name)) and name not in NOT_SETTABLE
 
 
-def for_run(ours: Mapping[str, str], ca_bundle: str | None, dotenv: str) -> dict[str, str]:
-    """All variables that a run gets beside those of the image. `ca_bundle` is a path in the container."""
+def for_run(ours: Mapping[str, str], ca_bundle: str, dotenv: str) -> dict[str, str]:
+    """All variables that a run gets beside those of the image. `ca_bundle` is a path in the container, or empty."""
     bundle = dict.fromkeys(CA_BUNDLE_NAMES, ca_bundle) if ca_bundle else {}
     return {name: value for name, value in {**bundle, **ours, **read(dotenv)}.items() if settable(name)}
 
 
 def read(text: str) -> dict[str, str]:
     """Variables of a `.env` text. `${NAME}` is not expanded: that would reach into the server's environment."""
-    return {b.key: b.value or "" for b in parse_stream(io.StringIO(text)) if b.key and not b.error}
+    bindings = parse_stream(io.StringIO(text))
+    return {b.key: b.value for b in bindings if b.key and settable(b.key) and b.value is not None}
 
 
 def edit(text: str, changes: Mapping[str, str | None]) -> str:

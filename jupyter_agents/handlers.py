@@ -191,7 +191,36 @@ class DiffHandler(ApiHandler):
 
 
 @web.stream_request_body
-class FilesHandler(ApiHandler):
+class StreamedHandler(ApiHandler):
+    """A handler whose request body comes in pieces.
+
+    A refusal waits for the end of the body, unless that is long: an answer to half a request gets lost with the
+    connection, which the server ends then.
+    """
+
+    refused = False
+
+    async def prepare(self) -> None:  # type: ignore[override]
+        try:
+            await super().prepare()
+            await self.admit()
+        except (AgentsError, web.HTTPError) as e:
+            if int(self.request.headers.get("Content-Length", 0)) > MAX_JSON:
+                raise
+            refusal = e
+
+            async def refuse(*args: str, **kwargs: str) -> None:
+                raise refusal
+
+            self.refused = True
+            setattr(self, str(self.request.method).lower(), refuse)
+
+    async def admit(self) -> None:
+        """Called before the body comes. Raises why it is not wanted."""
+
+
+@web.stream_request_body
+class FilesHandler(StreamedHandler):
     """Files of an agent. Bodies go through chunk by chunk in both directions."""
 
     _upload: AsyncExitStack | None = None
@@ -200,6 +229,8 @@ class FilesHandler(ApiHandler):
     async def prepare(self) -> None:  # type: ignore[override]
         self._received = bytearray()
         await super().prepare()
+
+    async def admit(self) -> None:
         if self.request.method == "PUT" and self.get_query_argument("type", "file") == "file":
             admission: Any = self.receive(self.path_kwargs["agent"], self.path_kwargs["path"] or "")
             await admission
@@ -218,7 +249,7 @@ class FilesHandler(ApiHandler):
     async def data_received(self, chunk: bytes) -> None:
         if self._upload:
             await self._process.write(chunk)
-        else:
+        elif not self.refused:
             self._received += chunk
             if len(self._received) > MAX_JSON:
                 raise TooLarge("The request is too large.", "too_large")

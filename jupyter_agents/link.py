@@ -79,7 +79,7 @@ class Link(ABC):
 
     async def _start(self) -> None:
         container = await self.engine.ensure(self.user, self.limits)
-        sample = await self._look_into(container)
+        sample = agentctl.Sample() if container.new else await self._look_into(container)
         if container.outdated and not sample.supervisors:
             await self.engine.remove(self.user)
             container = await self.engine.ensure(self.user, self.limits)
@@ -94,6 +94,7 @@ class Link(ABC):
     def _set_problem(self, error: AgentsError) -> None:
         if self.problem is None or self.problem.message != error.message:
             self.log.warning("%s: %s", self.name, error)
+            self.settings.engine_failed(error)
         self.problem = error
         if isinstance(error, Unavailable):
             self._lost()

@@ -39,8 +39,9 @@ class Run:
     oom_kills: int = 0
     peak_bytes: int | None = None
     session_id: str | None = None
+    logged: int = 0  # events in its log, as far as we have read them
 
-    HIDDEN = ("container", "session_id")
+    HIDDEN = ("container", "session_id", "logged")
 
     @property
     def active(self) -> bool:
@@ -120,23 +121,25 @@ class Run:
         if result["type"] == "result":
             failed = claude.failure(result)
             return ("failed", *failed) if failed else ("succeeded", "", "")
-        if code == 0:
-            return "succeeded", "", ""
         told = " ".join(stderr.decode("utf-8", "replace").split())[-1000:]
-        return "failed", "claude_error", f"Claude ended with exit code {code}" + (f": {told}" if told else ".")
+        how = f"Claude ended without a result, with exit code {code}"
+        return "failed", "claude_error", f"{how}: {told}" if told else f"{how}."
 
     def settle(self, read: Run) -> None:
         """Take over the final state of the same run, read from its directory."""
         self.__dict__.update(read.__dict__)
 
-    def lose(self, disk_full: bool = False) -> None:
-        """Its container, or its supervisor, is gone and left no end behind."""
+    def lose(self, reason: str = "workspace_lost") -> None:
+        """Its container, or its supervisor, is gone and left no end behind; `reason` is one of `LOST`."""
         self.state, self.activity, self.ended = "lost", None, time.time()
-        if disk_full:
-            self.error = {"reason": "disk_full", "message": "The workspace's disk filled up and the run's end is lost."}
-        else:
-            message = "The workspace's container went away during the run; what the agent wrote until then is kept."
-            self.error = {"reason": "workspace_lost", "message": message}
+        self.error = {"reason": reason, "message": LOST[reason]}
+
+
+LOST = {
+    "workspace_lost": "The workspace's container went away during the run; what the agent wrote until then is kept.",
+    "run_killed": "All of the run was killed from within the workspace; what the agent wrote until then is kept.",
+    "disk_full": "The workspace's disk filled up and the run's end is lost: delete files or agents to make room.",
+}
 
 
 def _number(value: object) -> float | None:

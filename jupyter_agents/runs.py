@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from . import agentctl, claude, environment
-from .agents import Agent, Agents
+from .agents import MAX_ENV, Agent, Agents
 from .engine import Exec
 from .errors import AgentsError, BadRequest, Conflict, ContainerGone, NotFound, TooLarge
 from .run import SHOWN_OF_PROMPT, Run, new_id
@@ -19,6 +19,7 @@ from .settings import Settings
 
 MAX_PROMPT = 2**20
 MAX_FOLLOWERS = 64
+READ_SECONDS = 5
 
 
 class Runs(Agents):
@@ -142,6 +143,7 @@ class Runs(Agents):
         """Start the run's supervisor and go on to read its log, all in one exec."""
         timeout = request.get("timeout", self.settings.run_timeout)
         try:
+            certificates = self.engine.certificates
             async with self._exec(
                 "run",
                 agent.uid,
@@ -153,18 +155,21 @@ class Runs(Agents):
                 timeout=math.ceil(timeout),
                 idle=math.ceil(self.settings.run_idle_timeout),
                 linger=math.ceil(self.settings.run_linger),
+                certificates=len(certificates),
             ) as process:
                 size = await process.stdout.readline()
                 if not size:
                     await self._check(process)
+                if int(size) > MAX_ENV:
+                    raise TooLarge("The agent's `.env` has more than 1 MiB: remove it, or make it smaller.", "too_large")
                 dotenv = await process.stdout.readexactly(int(size))
                 variables = environment.for_run(
                     environment.passed_on(self.settings.pass_environment, self.settings.environment),
-                    self.engine.ca_bundle_path,
+                    agentctl.certificates(agent.id) if certificates else "",
                     dotenv.decode("utf-8", "replace"),
                 )
                 exports = agentctl.assignments(variables, export=True)
-                await process.write(exports.encode("utf-8", "surrogateescape") + b"\n" + prompt)
+                await process.write(exports.encode("utf-8", "surrogateescape") + b"\n" + prompt + certificates)
                 if await process.stdout.readline() != b"started\n":
                     await self._check(process)
                 self._audit("run_started", agent=agent.id, run=run.id, state=run.state)
@@ -209,8 +214,10 @@ class Runs(Agents):
 
     async def _read_log(self, run: Run, process: Exec) -> None:
         lines, result = claude.Lines(), claude.parse(b"")
-        while run.active and (chunk := await process.stdout.read(2**16)):
+        run.logged = 0
+        async for chunk in self._chunks(process, run):
             for line in lines.feed(chunk):
+                run.logged += 1
                 event = claude.parse(line)
                 if event["type"] == "result":
                     result = event
@@ -218,7 +225,22 @@ class Runs(Agents):
                     await self._conclude(run, event, result)
                 elif run.see(event):
                     self._changed()
+            if not run.active:
+                break
         await process.write(b"\n")
+
+    async def _chunks(self, process: Exec, run: Run | None) -> AsyncGenerator[bytes, None]:
+        """What a process prints; of one that waits for the end of a run, no longer than the run is active."""
+        while True:
+            try:
+                chunk = await asyncio.wait_for(process.stdout.read(2**16), READ_SECONDS)
+            except asyncio.TimeoutError:
+                if run is None or run.active:
+                    continue
+                return  # the run was lost, and its log will never end
+            if not chunk:
+                return
+            yield chunk
 
     async def _conclude(self, run: Run, end: claude.Event, result: claude.Event) -> None:
         if result["type"] != "result":
@@ -264,15 +286,21 @@ class Runs(Agents):
         try:
             while True:
                 live = follow and run.active
+                # Asked for more lines than there are, `tail -f` would give all that come from now on.
+                start = min(since, run.logged) if live else since
+                skip = since - start
                 async with self._exec(
-                    "follow", self.agent(run.agent).uid, agent=run.agent, run=run_id, since=since, wait=int(live)
+                    "follow", self.agent(run.agent).uid, agent=run.agent, run=run_id, since=start, wait=int(live)
                 ) as process:
                     lines, ended = claude.Lines(), False
-                    while not ended and (chunk := await process.stdout.read(2**16)):
+                    async for chunk in self._chunks(process, run if live else None):
                         batch = [(claude.parse(line), line) for line in lines.feed(chunk)]
                         ended = any(event["type"] == "run_end" for event, _ in batch)
+                        skip, batch = max(0, skip - len(batch)), batch[skip:]
                         since += len(batch)
                         yield [json.dumps(event).encode() if event["type"] == "raw" else line for event, line in batch]
+                        if ended:
+                            break
                     if live:
                         await process.write(b"\n")
                 if ended or not live:

@@ -11,6 +11,7 @@ from traitlets.config import LoggingConfigurable
 from . import environment
 from .docker_engine import DockerEngine
 from .engine import Engine, Limits
+from .errors import AgentsError
 
 
 class Settings(LoggingConfigurable):
@@ -56,6 +57,9 @@ class Settings(LoggingConfigurable):
         super().__init__(**kwargs)
         self.audit = audit
         self.engine: Engine = self.engine_class(parent=self)  # type: ignore[abstract]
+
+    def engine_failed(self, error: AgentsError) -> None:
+        """Called when a workspace becomes unavailable. For a subclass that counts."""
 
     def limits_for(self, user: str) -> Limits:
         return Limits(

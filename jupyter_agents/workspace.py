@@ -253,7 +253,10 @@ class Workspace(Runs):
         for run in self.active_runs:
             if (run.agent, run.id) in alive:
                 self._follow(run)
-            elif run in due or (self.container and run.container != self.container.id):
-                run.lose(disk_full=sample.figures.get("free_kb", 1) < 1)
+            elif self.container and run.container != self.container.id:
+                run.lose()
+                self._end(run)
+            elif run in due:
+                run.lose("run_killed" if sample.figures.get("free_kb", 1) else "disk_full")
                 self._end(run)
         self._changed()

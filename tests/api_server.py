@@ -9,7 +9,8 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -347,7 +348,8 @@ class Events(websocket.WebSocketHandler):
             self.finish()
 
     def say(self, message: dict[str, Any]) -> None:
-        self.write_message(json.dumps(message))
+        with suppress(websocket.WebSocketClosedError):
+            self.write_message(json.dumps(message))
 
     def open(self) -> None:
         self.api.sockets.add(self)
@@ -379,6 +381,12 @@ class Events(websocket.WebSocketHandler):
             except asyncio.CancelledError:
                 return  # the server ends
         self.say({"type": "error", "run": run, "message": f"There is no run {run}.", "reason": "unknown_run"})
+
+
+def server_file(home: Path, server: Api, pid: int, **info: Any) -> None:
+    """Tell clients about the server as Jupyter servers do."""
+    content = {"url": server.url, "hostname": "localhost", "token": TOKEN, "pid": pid, **info}
+    (home / "JUPYTER_RUNTIME_DIR" / f"jpserver-{pid}.json").write_text(json.dumps(content))
 
 
 @contextmanager

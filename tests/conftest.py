@@ -78,9 +78,10 @@ def jp_server_config(user: str) -> dict[str, Any]:
 
 @pytest.fixture
 def api(jp_fetch: Callable[..., Awaitable[Any]], model: str) -> Api:
-    """`status, body = await api("POST", "agents", {"id": "x"})` on a server in this process."""
+    """`status, body = await api("POST", "agents", {"id": "x"})` on a server in this process; `data` is sent raw."""
 
-    async def call(method: str, path: str, body: Any = None, **kwargs: Any) -> tuple[int, Any]:
+    async def call(method: str, path: str, body: Any = None, data: Any = None, **kwargs: Any) -> tuple[int, Any]:
+        kwargs["body"] = data
         if body is not None:
             kwargs["body"] = json.dumps(body)
             kwargs.setdefault("headers", {})["Content-Type"] = "application/json"

@@ -1,34 +1,25 @@
 from __future__ import annotations
 
+import ast
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from api_server import TOKEN, Api, calls, says, serving
+from api_server import TOKEN, Api, calls, says, server_file, serving
 
 from jupyter_agents.client import AgentsError, Client, _lines
 
 RUN = "20250101-000000-00000000"
 
 
-@pytest.fixture
-def api() -> Iterator[Api]:
-    with serving() as api:
-        yield api
-
-
-@pytest.fixture
-def client(api: Api) -> Client:
-    client = Client(api.url, TOKEN)
-    client.create_agent("bot")
-    return client
+pytest_plugins = ["client_fixtures"]
 
 
 def test_workspace_and_agents(client: Client) -> None:
@@ -42,10 +33,10 @@ def test_workspace_and_agents(client: Client) -> None:
     assert (caught.value.reason, caught.value.status) == ("unknown_agent", 404)
 
 
-def test_env(api: Api, client: Client) -> None:
+def test_env(server: Api, client: Client) -> None:
     assert client.set_env("bot", {"A": "1", "B": "ü=2"}) == ["A", "B"]
     assert client.set_env("bot", {"A": None}) == ["B"] == client.env("bot")
-    assert api.env["bot"] == {"B": "ü=2"}
+    assert server.env["bot"] == {"B": "ü=2"}
 
 
 def test_files_go_and_come_back(client: Client, tmp_path: Path) -> None:
@@ -89,26 +80,28 @@ def test_a_failed_download_leaves_what_was_there(client: Client, tmp_path: Path)
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", ".."])
-def test_a_path_cannot_climb(api: Api, client: Client, path: str) -> None:
-    asked = len(api.seen)
-    with pytest.raises(AgentsError, match="'..'"):
+def test_a_path_cannot_climb(server: Api, client: Client, path: str) -> None:
+    asked = len(server.seen)
+    with pytest.raises(AgentsError, match=r"'\.\.'"):
         client.read("bot", path)
-    assert len(api.seen) == asked
+    assert len(server.seen) == asked
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b?c"])
-def test_a_name_cannot_be_another_address(api: Api, client: Client, name: str) -> None:
+def test_a_name_cannot_be_another_address(server: Api, client: Client, name: str) -> None:
     with pytest.raises(AgentsError):
         client.agent(name)
-    assert "x" not in api.agents and all("/agents/" in uri or uri.endswith("/agents") for _, uri, _ in api.seen)
+    assert "x" not in server.agents
+    assert all("/agents/" in uri or uri.endswith("/agents") for _, uri, _ in server.seen)
 
 
-def test_a_run_from_start_to_end(api: Api, client: Client) -> None:
+def test_a_run_from_start_to_end(server: Api, client: Client) -> None:
     run = client.start_run("bot", "say hello", model="m", max_turns=None)
-    assert api.requests == [{"prompt": "say hello", "model": "m"}]
+    assert server.requests == [{"prompt": "say hello", "model": "m"}]
     assert run.wait(10).status == "succeeded"
     assert (run.text, str(run), run.cost) == ("Done.", "Done.", 0.0123)
-    assert run.result and run.result["turns"] == 2
+    assert run.result
+    assert run.result["turns"] == 2
     assert [event["type"] for event in run.events()] == ["run_end"]
     assert run.files() == []
     assert client.runs("bot") == client.runs() == [run.info]
@@ -116,13 +109,13 @@ def test_a_run_from_start_to_end(api: Api, client: Client) -> None:
     assert client.handle(RUN).check().id == RUN
 
 
-def test_waiting(api: Api, client: Client) -> None:
-    api.script = lambda run: None
+def test_waiting(server: Api, client: Client) -> None:
+    server.script = lambda run: None
     run = client.start_run("bot", "sleep")
     assert (run.status, run.text, run.cost, run.result) == ("running", "", None, None)
-    with pytest.raises(TimeoutError, match="still running after 0.3 s"):
+    with pytest.raises(TimeoutError, match=r"still running after 0\.3 s"):
         run.wait(0.3)
-    threading.Timer(0.2, api.end, [run.id, "failed"]).start()
+    threading.Timer(0.2, server.end, [run.id, "failed"]).start()
     began = time.monotonic()
     assert run.wait().status == "failed"
     assert time.monotonic() - began < 2
@@ -130,16 +123,16 @@ def test_waiting(api: Api, client: Client) -> None:
         run.check()
 
 
-def test_cancelling(api: Api, client: Client) -> None:
-    api.script = lambda run: None
+def test_cancelling(server: Api, client: Client) -> None:
+    server.script = lambda run: None
     run = client.start_run("bot", "sleep").cancel()
     assert run.status == "cancelled"
     with pytest.raises(AgentsError, match="cancelled"):
         run.check()
 
 
-def test_events_from_any_number(api: Api, client: Client) -> None:
-    api.script = lambda run: (api.add(run, *calls("Bash", {}), *says("x" * 100_000)), api.end(run))[0]
+def test_events_from_any_number(server: Api, client: Client) -> None:
+    server.script = lambda run: (server.add(run, *calls("Bash", {}), *says("x" * 100_000)), server.end(run))[0]
     run = client.start_run("bot", "go").wait()
     events = list(run.events())
     assert [event["type"] for event in events] == ["assistant", "user", *["stream_event"] * 2, "assistant", "run_end"]
@@ -148,13 +141,13 @@ def test_events_from_any_number(api: Api, client: Client) -> None:
 
 
 @pytest.mark.parametrize("how", ["events", "watch"])
-def test_following_goes_on_after_the_connection_broke(api: Api, client: Client, how: str) -> None:
-    api.script = lambda run: None
-    api.cut_after = [3, 3, 7]
+def test_following_goes_on_after_the_connection_broke(server: Api, client: Client, how: str) -> None:
+    server.script = lambda run: None
+    server.cut_after = [3, 3, 7]
     run = client.start_run("bot", "count")
     for n in range(10):
-        threading.Timer(0.05 * n, api.add, [run.id, {"n": n}]).start()
-    threading.Timer(0.8, api.end, [run.id]).start()
+        threading.Timer(0.05 * n, server.add, [run.id, {"n": n}]).start()
+    threading.Timer(0.8, server.end, [run.id]).start()
     if how == "events":
         got = list(run.events(follow=True))
     else:
@@ -162,7 +155,7 @@ def test_following_goes_on_after_the_connection_broke(api: Api, client: Client, 
         got = [event for m in messages if m["type"] == "events" for event in m["events"]]
         assert messages[-1] == {"type": "end", "run": run.id, "next": 11}
     assert got == [*({"n": n} for n in range(10)), {"type": "run_end", "exit_code": 0, "reason": ""}]
-    assert api.cut_after == []
+    assert server.cut_after == []
 
 
 @pytest.mark.parametrize("how", ["events", "watch"])
@@ -186,8 +179,8 @@ def test_following_goes_on_after_the_server_restarted(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["events", "watch"])
 def test_following_gives_up_in_the_end(how: str) -> None:
-    with serving() as api:
-        client = Client(api.url, TOKEN)
+    with serving() as gone:
+        client = Client(gone.url, TOKEN)
     with pytest.raises(AgentsError, match="can't be reached; start it again") as caught:
         list(client.events(RUN, follow=True, patience=0.3) if how == "events" else client.watch(patience=0.3))
     assert caught.value.reason == "server_gone"
@@ -228,8 +221,8 @@ def test_lines_are_whole_however_they_arrive() -> None:
         (503, '{"message": "Start Docker.", "reason": "engine_unavailable"}', "engine_unavailable", "^Start Docker.$"),
     ],
 )
-def test_refusals(api: Api, client: Client, status: int, body: str, reason: str, sentence: str) -> None:
-    api.refuse = status, body
+def test_refusals(server: Api, client: Client, status: int, body: str, reason: str, sentence: str) -> None:
+    server.refuse = status, body
     with pytest.raises(AgentsError, match=sentence) as caught:
         client.workspace()
     assert caught.value.reason == reason
@@ -240,17 +233,17 @@ def test_an_error_is_one_sentence_with_its_command() -> None:
 
 
 def test_the_token_goes_in_a_header_and_nowhere_else(
-    api: Api, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    server: Api, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "")
-    client = Client(api.url, TOKEN)
+    client = Client(server.url, TOKEN)
     client.create_agent("bot")
     client.start_run("bot", "x").wait()
     next(client.watch())
-    assert all(TOKEN not in uri and headers["Authorization"] == f"token {TOKEN}" for _, uri, headers in api.seen)
-    wrong = Client(api.url, "wrong-token")
+    assert all(TOKEN not in uri and headers["Authorization"] == f"token {TOKEN}" for _, uri, headers in server.seen)
+    wrong = Client(server.url, "wrong-token")
     for call in (wrong.workspace, lambda: next(wrong.watch())):
         with pytest.raises(AgentsError) as caught:
             call()
@@ -261,64 +254,49 @@ def test_the_token_goes_in_a_header_and_nowhere_else(
 # --- finding the server -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Jupyter's directories for this test alone."""
-    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
-    for name in ("JPY_PARENT_PID", "JUPYTER_SERVER_URL", "JUPYTER_AGENTS_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-def server_file(home: Path, api: Api, pid: int | str, **info: Any) -> None:
-    content = {"url": api.url, "hostname": "localhost", "token": TOKEN, "pid": pid, **info}
-    (home / "JUPYTER_RUNTIME_DIR" / f"jpserver-{pid}.json").write_text(json.dumps(content))
-
-
-def test_the_kernels_own_server_is_found(home: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_own_server_is_found(home: Path, server: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as other:
         server_file(home, other, 99999999)
-        server_file(home, api, 12345678)
+        server_file(home, server, 12345678)
         (home / "JUPYTER_RUNTIME_DIR" / "jpserver-1.json").write_text("{")
         monkeypatch.setenv("JPY_PARENT_PID", "12345678")
-        assert Client.discover().url == api.url
+        assert Client.discover().url == server.url
         assert other.seen == []
 
 
-def test_a_terminals_own_server_is_found(home: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    server_file(home, api, 12345678)
-    monkeypatch.setenv("JUPYTER_SERVER_URL", api.url)
-    assert Client.discover().url == api.url
+def test_a_terminals_own_server_is_found(home: Path, server: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    server_file(home, server, 12345678)
+    monkeypatch.setenv("JUPYTER_SERVER_URL", server.url)
+    assert Client.discover().url == server.url
 
 
 def test_a_server_on_all_addresses_is_reached_on_loopback(
-    home: Path, api: Api, monkeypatch: pytest.MonkeyPatch
+    home: Path, server: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = int(api.url.split(":")[2].split("/")[0])
-    server_file(home, api, 12345678, url="http://no-such-host/", hostname="0.0.0.0", port=port, base_url="/base/")
+    port = int(server.url.split(":")[2].split("/")[0])
+    server_file(home, server, 12345678, url="http://no-such-host/", hostname="0.0.0.0", port=port, base_url="/base/")
     monkeypatch.setenv("JPY_PARENT_PID", "12345678")
-    assert Client.discover().url == api.url
+    assert Client.discover().url == server.url
 
 
 def test_a_password_servers_kernel_has_the_token_in_its_environment(
-    home: Path, api: Api, monkeypatch: pytest.MonkeyPatch
+    home: Path, server: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server_file(home, api, 12345678, token="", password=True)
+    server_file(home, server, 12345678, token="", password=True)
     monkeypatch.setenv("JPY_PARENT_PID", "12345678")
     with pytest.raises(AgentsError, match="doesn't accept this kernel's token"):
         Client.discover()
     monkeypatch.setenv("JUPYTER_AGENTS_TOKEN", TOKEN)
-    assert Client.discover().url == api.url
+    assert Client.discover().url == server.url
 
 
-def test_the_command_line_takes_any_server_that_has_the_extension(home: Path, api: Api) -> None:
+def test_the_command_line_takes_any_server_that_has_the_extension(home: Path, server: Api) -> None:
     with serving() as other:
         other.refuse = 404, "<html>"
-        server_file(home, other, 99999999)
-        server_file(home, api, 12345678)
-        assert Client.discover(any_server=True).url == api.url
+        server_file(home, server, 12345678)
+        time.sleep(0.02)
+        server_file(home, other, 99999999)  # the newest is asked first
+        assert Client.discover(any_server=True).url == server.url
         assert any(method == "GET" for method, _, _ in other.seen)
 
 
@@ -339,7 +317,8 @@ def test_without_a_server_a_private_one_lives_as_long_as_the_kernel(home: Path) 
         url = kernel.stdout.readline().strip()
         [info_file] = (home / "JUPYTER_RUNTIME_DIR").glob("jpserver-*.json")
         info = json.loads(info_file.read_text())
-        assert url == info["url"] and url.startswith("http://127.0.0.1:")
+        assert url == info["url"]
+        assert url.startswith("http://127.0.0.1:")
         assert len(info["token"]) == 48
         command = Path(f"/proc/{info['pid']}/cmdline").read_bytes() + Path(f"/proc/{info['pid']}/environ").read_bytes()
         assert info["token"].encode() not in command
@@ -371,7 +350,7 @@ limits = client.workspace()["limits"]["runs"]
 try:
     client.create_agent("Bad Name")
 except Exception as error:
-    print(client.url, limits, error.reason)
+    told = client.url, limits, error.reason
 """
 
 SERVERS = {
@@ -394,25 +373,36 @@ def test_a_kernel_finds_its_own_server_and_may_use_it(home: Path, kind: str) -> 
     server = subprocess.Popen([sys.executable, "-m", "jupyter_server", *options], stderr=subprocess.PIPE, text=True)
     try:
         info_file = home / "JUPYTER_RUNTIME_DIR" / f"jpserver-{server.pid}.json"
-        deadline = time.monotonic() + 30
-        while not info_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        info = json.loads(info_file.read_text())
+        info = wait_for_server(info_file)
         connection = start_kernel(info, password="pw" if kind == "password" else "")
         kernel = BlockingKernelClient()
         kernel.load_connection_file(str(home / "JUPYTER_RUNTIME_DIR" / f"kernel-{connection}.json"))
         kernel.start_channels()
-        kernel.wait_for_ready(timeout=30)
-        said: list[str] = []
-        kernel.execute_interactive(ASK, timeout=30, output_hook=lambda m: said.append(str(m["content"])))
+        kernel.execute(ASK, user_expressions={"told": "told"})
+        reply = kernel.get_shell_msg(timeout=60)["content"]
         kernel.stop_channels()
-        port = info["port"]
-        told = "".join(said)
-        assert f":{port}/" in told and " 3 bad_agent_id" in told
+        assert reply["status"] == "ok", reply
+        url, *told = ast.literal_eval(reply["user_expressions"]["told"]["data"]["text/plain"])
+        assert f":{info['port']}/" in url
+        assert told == [3, "bad_agent_id"]
     finally:
         server.send_signal(signal.SIGTERM)
-        log = server.communicate()[1]
+        log = server.communicate(timeout=20)[1]
     assert "Traceback" not in log
+
+
+def wait_for_server(info_file: Path, seconds: float = 30) -> dict[str, Any]:
+    """What the server says of itself, once it listens."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            info = json.loads(info_file.read_text())
+            socket.create_connection(("127.0.0.1", info["port"])).close()
+        except (OSError, ValueError):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        else:
+            return dict(info)
 
 
 def start_kernel(info: dict[str, Any], password: str) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -109,7 +110,7 @@ def test_clean(dirty: str, tidy: str) -> None:
 def test_cleaning_is_stable_while_text_grows() -> None:
     text = "a\x1b[31mb\r\nc\x1b]0;t\x07d"
     parts = [clean(text[:n]) for n in range(len(text) + 1)]
-    assert all(later.startswith(earlier) for earlier, later in zip(parts, parts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(parts))
 
 
 def test_streamed_text_is_told_once() -> None:

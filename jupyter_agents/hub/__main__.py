@@ -1,0 +1,5 @@
+"""What the Hub starts."""
+
+from .service import AgentsHub
+
+AgentsHub.launch_instance()

@@ -1,0 +1,270 @@
+"""The Hub service: it alone holds the engine, and serves the same calls as a single user's extension, to all users."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from jupyter_core.application import JupyterApp
+from jupyter_server.auth import AllowAllAuthorizer
+from jupyterhub.services.auth import HubOAuth
+from tornado import web
+from tornado.httpserver import HTTPServer
+from traitlets import Bool, Dict, Enum, Float, Unicode, default
+
+from .. import handlers
+from ..docker_engine import DockerEngine
+from ..engine import Limits
+from ..errors import AgentsError
+from ..workspaces import Workspaces
+from . import admin
+from .configure import ADMIN_SCOPE, SERVICE, SERVICE_SCOPES, access_scope
+from .hubapi import HubAPI, HubDown
+from .identity import HubIdentity, TokenCache
+from .metrics import Metrics
+
+LIMITS = {"memory": "memory_bytes", "cpu": "cpu", "agents": "agents", "runs": "runs", "pids": "pids"}
+REFUSAL = 5  # seconds for which the answer on an administrator's credentials is believed
+MAX_JSON = 16 * 2**20  # of a body that isn't a file
+
+
+class HubWorkspaces(Workspaces):
+    """Workspaces with limits by user and by group of the Hub."""
+
+    group_limits = Dict(
+        help="Limits of the members of groups, such as {'students': {'memory': 2**29, 'runs': 1}}: any of memory "
+        "(bytes), cpu, agents, runs, pids. A member of several gets the most generous of each."
+    ).tag(config=True)
+    user_limits = Dict(help="Limits of single users, in the same form. They win over those of groups.").tag(config=True)
+    api_key_file = Unicode(help="File with the Anthropic API key of all runs; an agent's own `.env` wins over it.").tag(
+        config=True
+    )
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.metrics = Metrics(self)
+        self._groups: dict[str, frozenset[str]] = {}
+        for who, limits in [*self.group_limits.items(), *self.user_limits.items()]:
+            if unknown := limits.keys() - LIMITS.keys():
+                raise ValueError(f"Limits of {who!r} name {sorted(unknown)}: there are only {sorted(LIMITS)}.")
+        if self.api_key_file:
+            key = Path(self.api_key_file).read_text().strip()
+            self.environment = {**self.environment, "ANTHROPIC_API_KEY": key}
+
+    def engine_failed(self, error: AgentsError) -> None:
+        self.metrics.engine_errors.labels(error.reason).inc()
+
+    def limits_for(self, user: str) -> Limits:
+        limits = super().limits_for(user)
+        chosen: dict[str, Any] = {}
+        for group in self._groups.get(user, ()):
+            for name, value in self.group_limits.get(group, {}).items():
+                chosen[name] = max(value, chosen.get(name, value))
+        chosen |= self.user_limits.get(user, {})
+        limits = replace(limits, **{LIMITS[name]: value for name, value in chosen.items()})
+        share = self.memory_warning / self.memory_limit
+        return replace(limits, memory_warning_bytes=int(limits.memory_bytes * share))
+
+    def seen(self, user: str, groups: Iterable[str]) -> None:
+        """Take note of a user's groups. Other limits hold from the next start of the workspace."""
+        now = frozenset(groups)
+        if self._groups.get(user) != now:
+            self._groups[user] = now
+            if user in self._workspaces and self.get(user).container is None:
+                self.get(user).limits = self.limits_for(user)
+
+    async def adopt(self) -> None:
+        """Look after all containers that a former service has left, so that idle ones of absent users go too."""
+        for container in await self.engine.containers():
+            try:
+                if container.running:
+                    await self.get(container.user).connect()
+                else:
+                    await self.engine.remove(container.user)
+            except AgentsError as e:
+                self.log.warning("%s can't be adopted: %s", container.name, e)
+
+    async def forget(self, user: str, volume: bool) -> None:
+        """The user is gone from the Hub: remove the container, and the volume too if told so."""
+        await self.get(user).stop(volume=volume)
+        self._workspaces.pop(user, None)
+        self._groups.pop(user, None)
+
+
+class AgentsHub(JupyterApp):
+    """`jupyter agents hub`: the service of `jupyter_agents` on a JupyterHub."""
+
+    name = "jupyter-agents-hub"
+    description = "The JupyterHub service of jupyter_agents; jupyter_agents.hub.configure lets the Hub start it."
+    classes = [HubWorkspaces, DockerEngine, TokenCache]  # noqa: RUF012 - as traitlets has it
+    flags = {  # noqa: RUF012
+        "managed": ({"AgentsHub": {"managed": True}}, "End when the Hub that started it has ended."),
+    }
+
+    admin_scope = Unicode(ADMIN_SCOPE, help="Scope that lets one see, stop and delete all workspaces.").tag(config=True)
+    report_activity = Bool(
+        True, help="Count a running agent as activity of its user's servers, so that idle ones are not culled."
+    ).tag(config=True)
+    deleted_users = Enum(
+        ["keep", "delete"], "keep", help="What becomes of the volume of a user who is deleted from the Hub."
+    ).tag(config=True)
+    hub_interval = Float(60, help="Seconds between looks at the Hub's users and groups, and reports of activity.").tag(
+        config=True
+    )
+    managed = Bool(False, help="End when the process that started it has ended.").tag(config=True)
+
+    service_name = Unicode(help="Name of the service in the Hub.")
+    url = Unicode(help="Where to listen.")
+    prefix = Unicode(help="Path prefix of the service.")
+    _trouble = Unicode(help="What was last logged of the Hub, not to log it once a minute.")
+    _users = Dict(help="The Hub's users as they were last seen.")
+
+    @default("service_name")
+    def _default_service_name(self) -> str:
+        return os.environ.get("JUPYTERHUB_SERVICE_NAME", SERVICE)
+
+    @default("url")
+    def _default_url(self) -> str:
+        return os.environ.get("JUPYTERHUB_SERVICE_URL", "http://127.0.0.1:10901")
+
+    @default("prefix")
+    def _default_prefix(self) -> str:
+        return os.environ.get("JUPYTERHUB_SERVICE_PREFIX", f"/services/{self.service_name}/")
+
+    def start(self) -> None:
+        super().start()
+        asyncio.run(self.serve())
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ended.set)
+        tasks = [loop.create_task(self._end_with_parent(ended))] if self.managed else []
+        await self.begin()
+        tasks.append(loop.create_task(self._touch_regularly()))
+        await ended.wait()
+        # Containers stay, with or without a run: the next service adopts them.
+        self.server.stop()
+        for task in tasks:
+            task.cancel()
+
+    async def begin(self) -> None:
+        """Listen, and look after what is there."""
+        if "deployment" not in self.config.DockerEngine:
+            self.config.DockerEngine.deployment = self.service_name
+        self.workspaces = HubWorkspaces(parent=self, audit=self._audit)
+        self.hub_auth = HubOAuth.instance(parent=self, cache_max_age=REFUSAL)
+        self.hub = HubAPI(self.hub_auth.api_url, self.hub_auth.api_token)
+        self.server = HTTPServer(self.application(), max_body_size=MAX_JSON, xheaders=True)
+        address = urlsplit(self.url)
+        self.server.listen(address.port or 80, address.hostname)
+        self.log.info("Serving %s at %s", self.prefix, self.url)
+        await self._check_grants()
+        if problem := await self.problem():
+            self.log.error(problem)
+        await self._keep_in_touch()
+        await self.workspaces.adopt()
+        self.workspaces.start()
+
+    def application(self) -> web.Application:
+        """What the handlers of jupyter_server need, and no more: no kernels, terminals or files beside the engine."""
+        identity = HubIdentity(
+            self.hub_auth,
+            access_scope(self.service_name),
+            lambda user: self.workspaces.seen(user["name"], user["groups"]),
+            parent=self,
+        )
+        return web.Application(
+            [*handlers.routes(self.prefix), *admin.routes(self.prefix)],
+            base_url=self.prefix,
+            identity_provider=identity,
+            authorizer=AllowAllAuthorizer(parent=self, identity_provider=identity),
+            allow_remote_access=True,  # with any Host header: names are the proxy's business
+            cookie_secret=secrets.token_bytes(32),
+            jupyter_agents=lambda user: self.workspaces.get(user.username),
+            agents_hub=self,
+        )
+
+    async def _check_grants(self) -> None:
+        try:
+            missing = set(SERVICE_SCOPES) - await self.hub.own_scopes()
+        except HubDown as e:
+            self.log.error("The Hub does not answer the service: %s", e)
+            return
+        if missing:
+            self.log.error(
+                "The service lacks the scopes %s: give them to it by a role in c.JupyterHub.load_roles, "
+                "as jupyter_agents.hub.configure(c) does. Without them it knows of no groups and deleted users.",
+                ", ".join(sorted(missing)),
+            )
+
+    async def _touch_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self.hub_interval)
+            await self._keep_in_touch()
+            await asyncio.gather(*(w.measure() for w in self.workspaces if not w.watched), return_exceptions=True)
+
+    async def _keep_in_touch(self) -> None:
+        """Learn who is in which groups and who is gone, and tell who is active."""
+        try:
+            users = await self.hub.users()
+            for name, user in users.items():
+                self.workspaces.seen(name, user["groups"])
+            for name in self._users.keys() - users.keys():
+                self.log.info("%s is gone from the Hub: removing the workspace, volume: %s", name, self.deleted_users)
+                await self.workspaces.forget(name, volume=self.deleted_users == "delete")
+            self._users = users
+            if self.report_activity:
+                for workspace in self.workspaces:
+                    if workspace.active_runs and workspace.user in users:
+                        await self.hub.report_activity(users[workspace.user])
+        except (HubDown, AgentsError) as e:
+            if str(e) != self._trouble:
+                self.log.warning("%s", e)
+            self._trouble = str(e)
+        else:
+            self._trouble = ""
+
+    async def _end_with_parent(self, ended: asyncio.Event) -> None:
+        parent = os.getppid()
+        while os.getppid() == parent:
+            await asyncio.sleep(1)
+        self.log.warning("The Hub is gone, ending: it starts another service when it comes back")
+        ended.set()
+
+    def _audit(self, event: dict[str, Any]) -> None:
+        self.log.info("%s", event)
+        if event["action"] == "run_ended":
+            self.workspaces.metrics.runs.labels(event["state"]).inc()
+
+    # --- for administrators -------------------------------------------------------------------------------------
+
+    async def problem(self) -> str | None:
+        """What keeps the service from working, in a sentence."""
+        try:
+            await self.hub.own_scopes()
+            await self.workspaces.engine.check()
+        except HubDown as e:
+            return f"The Hub does not answer: {e}."
+        except AgentsError as e:
+            return f"{e}{f' ({e.command})' if e.command else ''}"
+        return None
+
+    async def list_workspaces(self) -> list[dict[str, Any]]:
+        """The API's Workspace of all that run, by user name."""
+        running = [workspace for workspace in self.workspaces if workspace.container]
+        await asyncio.gather(*(w.measure() for w in running if not w.watched), return_exceptions=True)
+        return sorted((w.to_dict() for w in running), key=lambda w: str(w["user"]))
+
+    async def remove(self, user: str, volume: bool, by: str) -> None:
+        """Stop a user's workspace, and delete all files in it if told so."""
+        self.log.info("%s %s the workspace of %s", by, "deletes" if volume else "stops", user)
+        await self.workspaces.get(user).stop(volume)

@@ -1,0 +1,7 @@
+import { LabIcon } from '@jupyterlab/ui-components';
+import agentsSvg from '../style/agents.svg';
+
+export const agentsIcon = new LabIcon({
+  name: 'jupyter-agents:agents',
+  svgstr: agentsSvg
+});

@@ -1,0 +1,359 @@
+"""The service of a real Hub: who gets in, who gets what, what holds."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import quote
+
+import docker
+import pytest
+import requests
+import websocket
+from conftest import Hub, User, wait_for
+
+from jupyter_agents.client import AgentsError, Client
+
+GB = 2**30
+
+
+def container_of(deployment: str, user: str, docker_api: docker.APIClient) -> dict[str, Any] | None:
+    labels = [f"jupyter-agents.deployment={deployment}", f"jupyter-agents.user={user}"]
+    found = docker_api.containers(filters={"label": labels})
+    assert len(found) < 2
+    return dict(docker_api.inspect_container(found[0]["Id"])) if found else None
+
+
+def refusal(client: Client, method: str = "GET", path: str = "workspace") -> AgentsError:
+    with pytest.raises(AgentsError) as refused:
+        client._request(method, path, json={})
+    return refused.value
+
+
+def socket_status(url: str, **headers: str) -> int:
+    """How the handshake of a WebSocket ends; 101 if it succeeds."""
+    address = f"ws{url.removeprefix('http')}/jupyter-agents/events"
+    options = {"origin": headers.pop("Origin")} if "Origin" in headers else {"suppress_origin": True}
+    try:
+        websocket.create_connection(address, header=headers, timeout=10, **options).close()
+    except websocket.WebSocketBadStatusException as e:
+        return e.status_code
+    return 101
+
+
+CALLS = [
+    ("GET", "workspace"),
+    ("POST", "workspace"),
+    ("DELETE", "workspace?volume=1"),
+    ("POST", "agents"),
+    ("GET", "agents/a/files/x"),
+    ("PUT", "agents/a/files/x"),
+    ("PATCH", "agents/a/env"),
+    ("POST", "agents/a/runs"),
+    ("GET", "runs"),
+    ("GET", "runs/20260101-000000-00000000/events"),
+    ("GET", "openapi.yaml"),
+]
+
+
+def test_wrong_credentials_are_refused_everywhere(hub: Hub) -> None:
+    ann = hub.add_user("ann")
+    expired = ann.new_token(expires_in=1)
+    credentials = {
+        "none": "",
+        "garbage": "garbage",
+        "no scope": ann.new_token(scopes=["access:servers!user=ann"]),
+        "another service": hub.stranger_token,
+        "an administrator": hub.admin_token,
+        "expired": expired,
+    }
+    wait_for(lambda: requests.get(f"{hub.url}/hub/api/user", headers=token(expired)).status_code == 403, "expired")
+    for kind, value in credentials.items():
+        headers = token(value) if value else {}
+        for method, path in CALLS:
+            answer = requests.request(method, f"{hub.service}/jupyter-agents/{path}", headers=headers, json={})
+            assert answer.status_code == 403, (kind, method, path)
+        assert socket_status(hub.service, **headers) == 403, kind
+        for path in ("workspaces", "metrics"):
+            assert requests.get(f"{hub.service}/{path}", headers=headers).status_code == 403, (kind, path)
+        answer = requests.delete(f"{hub.service}/workspaces/ann?volume=1", headers=headers)
+        assert answer.status_code == 403, kind
+
+
+def token(value: str) -> dict[str, str]:
+    return {"Authorization": f"token {value}"}
+
+
+def test_a_missing_scope_is_named_to_the_user_and_in_the_log(hub: Hub) -> None:
+    ann = hub.add_user("ann")
+    client = Client(hub.service, ann.new_token(scopes=["access:servers!user=ann"]))
+    error = refusal(client)
+    assert error.reason == "missing_scope" and "access:services!service=jupyter-agents" in error.message
+    assert "lacks the scope access:services!service=jupyter-agents" in hub.log.read_text()
+
+
+def test_a_login_cookie_is_no_way_into_the_api(hub: Hub) -> None:
+    session = hub.add_user("ann").login()
+    session.get(f"{hub.service}/")  # logs in at the service, as far as that goes
+    for method, path in CALLS:
+        assert session.request(method, f"{hub.service}/jupyter-agents/{path}", json={}).status_code == 403
+    cookies = "; ".join(f"{c.name}={c.value}" for c in session.cookies)
+    assert socket_status(hub.service, Cookie=cookies) == 403
+    assert socket_status(hub.service, Cookie=cookies, Origin="https://evil.example") == 403
+
+
+def test_the_admin_page_is_for_those_who_have_the_scope(hub: Hub, deployment: str, docker_api: Any) -> None:
+    ann, boss = hub.add_user("page-ann"), hub.add_user("boss")
+    ann.direct.start_workspace()
+    ann.direct.create_agent("kept")
+    page = f"{hub.service}/"
+
+    answer = ann.login().get(page)
+    assert answer.status_code == 403 and "custom:jupyter-agents:admin" in answer.text
+
+    session = boss.login()
+    answer = session.get(page)
+    assert answer.status_code == 200 and "page-ann" in answer.text
+    assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+    # By cookie, but without the page's XSRF token.
+    assert session.post(page, data={"user": "page-ann", "action": "delete"}).status_code == 403
+    assert session.delete(f"{hub.service}/workspaces/page-ann").status_code == 403
+    assert container_of(deployment, "page-ann", docker_api)
+
+    admin = token(boss.new_token())
+    (found,) = [w for w in requests.get(f"{page}workspaces", headers=admin).json() if w["user"] == "page-ann"]
+    assert found["agents"] == 1 and 0 < found["memory"]["used_bytes"] < found["limits"]["memory_bytes"]
+    assert requests.delete(f"{page}workspaces/page-ann", headers=admin).status_code == 204
+    assert container_of(deployment, "page-ann", docker_api) is None
+    assert [agent["id"] for agent in ann.direct.agents()] == ["kept"]
+    assert requests.delete(f"{page}workspaces/page-ann?volume=1", headers=admin).status_code == 204
+    assert ann.direct.agents() == []
+
+
+def test_health_readiness_and_metrics(hub: Hub) -> None:
+    ann, boss = hub.add_user("metrics-ann"), hub.add_user("boss")
+    ann.direct.create_agent("a")
+    assert ann.direct.start_run("a", "[[say hello]]").wait(60).status == "succeeded"
+    assert requests.get(f"{hub.service}/health").json() == {"status": "ok"}
+    assert requests.get(f"{hub.service}/ready").json() == {"status": "ok"}
+    text = requests.get(f"{hub.service}/metrics", headers=token(boss.new_token())).text
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(figures["jupyter_agents_workspaces"]) >= 1
+    assert float(figures['jupyter_agents_runs_total{outcome="succeeded"}']) >= 1
+    assert float(figures["jupyter_agents_memory_bytes"]) > 0
+    assert "metrics-ann" not in text
+
+
+def test_users_see_only_what_is_theirs(hub: Hub) -> None:
+    ann, bob = hub.add_user("see-ann"), hub.add_user("see-bob")
+    ann.direct.create_agent("secret")
+    ann.direct.put("secret", b"of ann", "file")
+    run = ann.direct.start_run("secret", "[[say hello]]").wait(60).id
+    bob.direct.create_agent("mine")
+
+    assert [agent["id"] for agent in bob.direct.agents()] == ["mine"]
+    assert bob.direct.runs() == []
+    for method, path, reason in [
+        ("GET", "agents/secret", "unknown_agent"),
+        ("GET", "agents/secret/env", "unknown_agent"),
+        ("GET", "agents/secret/files/file", "unknown_agent"),
+        ("GET", "agents/mine/files/..%2F..%2Fagent-secret%2Ffile", "bad_path"),
+        ("GET", f"runs/{run}", "unknown_run"),
+        ("GET", f"runs/{run}/events", "unknown_run"),
+        ("DELETE", f"runs/{run}", "unknown_run"),
+    ]:
+        assert refusal(bob.direct, method, path).reason == reason, path
+    socket = bob.direct._connect(5)
+    socket.send(json.dumps({"subscribe": run, "since": 0}))
+    while (message := json.loads(socket.recv()))["type"] != "error":
+        assert "see-ann" not in json.dumps(message)
+    assert message["reason"] == "unknown_run"
+    socket.close()
+
+    # To call oneself somebody else changes nothing.
+    for change in [
+        {"headers": {**token(bob.token), "X-Forwarded-User": "see-ann", "X-JupyterHub-User": "see-ann"}},
+        {"params": {"user": "see-ann", "username": "see-ann", "token": ann.token}, "headers": token(bob.token)},
+        {"json": {"user": "see-ann"}, "headers": token(bob.token)},
+        {"cookies": {"jupyterhub-user-see-ann": "x", "service-jupyter-agents": ann.token}, "headers": token(bob.token)},
+    ]:
+        answer = requests.get(f"{hub.service}/jupyter-agents/workspace", **change)
+        assert answer.json()["user"] == "see-bob"
+    for path in ("see-ann/workspace", "user/see-ann/workspace", "../see-ann/workspace"):
+        assert refusal(bob.direct, path=path).status == 404
+
+
+def test_each_of_the_oddest_names_has_a_workspace_of_its_own(hub: Hub, deployment: str, docker_api: Any) -> None:
+    names = ["Odd", "odd", "o.dd", "o-dd", "o dd", "odd@example.org", "Ünï 用户", "x" * 200, "x" * 199 + "y"]
+    users = [hub.add_user(name) for name in names]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda user: user.direct.start_workspace(), users))
+    assert [workspace["user"] for workspace in found] == names
+    assert len({workspace["name"] for workspace in found}) == len(names)
+    for name in names:
+        container = container_of(deployment, name, docker_api)
+        assert container and container["Config"]["Labels"]["jupyter-agents.user"] == name
+    boss = token(hub.add_user("boss").new_token())
+    for name in names:
+        answer = requests.delete(f"{hub.service}/workspaces/{quote(name, safe='')}?volume=1", headers=boss)
+        assert answer.status_code == 204
+        assert container_of(deployment, name, docker_api) is None
+
+
+def test_limits_of_groups_and_users_hold(hub: Hub, deployment: str, docker_api: Any) -> None:
+    def limits(user: User) -> tuple[Any, ...]:
+        limits = user.direct.start_workspace()["limits"]
+        container = container_of(deployment, user.name, docker_api)
+        assert container
+        host = container["HostConfig"]
+        assert host["Memory"] == host["MemorySwap"] == limits["memory_bytes"]
+        assert host["NanoCpus"] == limits["cpu"] * 1e9
+        return limits["memory_bytes"] // 2**20, limits["cpu"], limits["agents"], limits["runs"]
+
+    carol, dave, erin = (hub.add_user(name) for name in ("carol", "dave", "erin"))
+    assert limits(carol) == (600, 0.5, 1, 1)  # of both her groups the most generous
+    assert limits(dave) == (600, 0.5, 10, 3)
+    assert limits(erin) == (1024, 1, 2, 3)
+    carol.direct.create_agent("one")
+    assert refusal_of(carol.direct.create_agent, "two") == "too_many_agents"
+    carol.direct.start_run("one", "[[sleep 20]]")
+    assert refusal_of(carol.direct.start_run, "one", "[[say hello]]") in ("agent_busy", "too_many_runs")
+    carol.direct.stop_workspace()
+
+
+def refusal_of(call: Any, *args: Any) -> str:
+    with pytest.raises(AgentsError) as refused:
+        call(*args)
+    return refused.value.reason
+
+
+def test_ten_users_at_once_get_ten_capped_containers(hub: Hub, deployment: str, docker_api: Any) -> None:
+    users = [hub.add_user(f"ten-{n}") for n in range(10)]
+    with ThreadPoolExecutor(30) as pool:  # each from three windows
+        names = list(pool.map(lambda user: user.direct.start_workspace()["name"], users * 3))
+    assert len(set(names)) == 10
+    for user in users:
+        container = container_of(deployment, user.name, docker_api)
+        assert container and container["HostConfig"]["Memory"] == GB
+        assert container["HostConfig"]["CapDrop"] == ["ALL"]
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda user: user.direct.stop_workspace(volume=True), users))
+
+
+def test_from_within_a_workspace_nothing_leads_out(hub: Hub, deployment: str, docker_api: Any) -> None:
+    ann, bob = hub.add_user("within-ann"), hub.add_user("within-bob")
+    bob.direct.start_workspace()
+    other = container_of(deployment, "within-bob", docker_api)
+    assert other
+    address = other["NetworkSettings"]["Networks"]["jupyter-agents"]["IPAddress"]
+    ann.direct.create_agent("spy")
+    ann.direct.put("spy", SPY.encode(), "spy.py")
+    secret = service_secret(hub)
+    run = ann.direct.start_run("spy", f"[[run python3 spy.py {address}]]").wait(90)
+    told = json.loads(run.text.split("```")[1])
+    assert told["sockets"] == []
+    assert told["neighbour"] is False
+    assert secret not in json.dumps(told["environments"])
+    assert "JUPYTERHUB" not in json.dumps(told["environments"])
+
+
+def service_secret(hub: Hub) -> str:
+    return hub.service_process().environ()["JUPYTERHUB_API_TOKEN"]
+
+
+SPY = """
+import glob, json, os, socket, stat, sys
+
+def sockets():
+    for folder, _, files in os.walk("/"):
+        if folder.startswith(("/proc", "/sys")):
+            continue
+        for name in files:
+            path = os.path.join(folder, name)
+            try:
+                if stat.S_ISSOCK(os.stat(path).st_mode):
+                    yield path
+            except OSError:
+                pass
+
+def reaches(address):
+    for port in (22, 80, 2375, 8080):
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            try:
+                probe.connect((address, port))
+                return True
+            except ConnectionRefusedError:
+                return True  # somebody there said no
+            except OSError:
+                pass
+    return False
+
+def environments():
+    for path in glob.glob("/proc/*/environ"):
+        try:
+            yield open(path).read()
+        except OSError:
+            pass
+
+print(json.dumps({
+    "sockets": list(sockets()),
+    "neighbour": reaches(sys.argv[1]),
+    "environments": [dict(os.environ), *environments()],
+}))
+"""
+
+
+def events_of(messages: Any) -> list[dict[str, Any]]:
+    return [event for message in messages if message and message["type"] == "events" for event in message["events"]]
+
+
+def test_a_killed_service_loses_nothing(hub: Hub, deployment: str, docker_api: Any) -> None:
+    ann, bob = hub.add_user("killed-ann"), hub.add_user("killed-bob")
+    bob.direct.create_agent("idle")
+    ann.direct.create_agent("a")
+    run = ann.direct.start_run("a", "[[slow 60 0.2]]")
+
+    def ids() -> list[str]:
+        found = [container_of(deployment, user.name, docker_api) for user in (ann, bob)]
+        return [container["Id"] for container in found if container]
+
+    before = ids()
+    watching = ann.direct.watch(run.id)
+    seen = [next(watching), next(watching)]
+    service = hub.service_process()
+    service.kill()
+    seen += watching  # the client waits for the next service and goes on where it was
+    assert hub.service_process().pid != service.pid
+    assert run.wait(10).status == "succeeded" and run.text.split()[-1] == "word059"
+    assert events_of(seen) == list(ann.direct.events(run.id))
+    # Adopted, also where nobody came back.
+    boss = token(hub.add_user("boss").new_token())
+    adopted = {w["user"] for w in requests.get(f"{hub.service}/workspaces", headers=boss).json()}
+    assert {"killed-ann", "killed-bob"} <= adopted
+    assert len(before) == 2 and before == ids()
+
+
+def test_activity_of_agents_is_reported(hub: Hub) -> None:
+    ann = hub.add_user("active-ann")
+    ann.direct.create_agent("a")
+    before = ann.model()["last_activity"]
+    run = ann.direct.start_run("a", "[[sleep 60]]")
+    wait_for(lambda: ann.model()["last_activity"] > before, "activity seen")
+    seen = ann.model()["last_activity"]
+    wait_for(lambda: ann.model()["last_activity"] > seen, "activity seen again")
+    run.cancel()
+
+
+def test_who_is_deleted_from_the_hub_loses_the_container(hub: Hub, deployment: str, docker_api: Any) -> None:
+    ann = hub.add_user("gone-ann")
+    ann.direct.create_agent("a")
+    ann.direct.start_run("a", "[[sleep 60]]")
+    time.sleep(1.5)  # the service looks at the Hub's users once a second here
+    assert hub.api("DELETE", ann.path).status_code == 204
+    wait_for(lambda: container_of(deployment, "gone-ann", docker_api) is None, "the container is gone")
+    wait_for(lambda: refusal(ann.direct).status == 403, "the token no longer works", 5)
+    labels = [f"jupyter-agents.deployment={deployment}", "jupyter-agents.user=gone-ann"]
+    assert docker_api.volumes(filters={"label": labels})["Volumes"]  # kept, by default

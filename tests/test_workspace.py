@@ -1,0 +1,544 @@
+"""A workspace's container: its caps, how it is made, found again and kept, and what is told of its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+import requests
+import websocket
+from helpers import (
+    IMAGE,
+    containers,
+    derived_image,
+    end_of,
+    eventually,
+    finish,
+    log,
+    nothing_left,
+    output,
+    processes,
+    seen,
+    serving,
+    text,
+    volumes,
+)
+from jupyter_agents.docker_engine import DEPLOYMENT_LABEL, LABEL, DockerEngine
+from jupyter_agents.engine import Limits
+from jupyter_agents.errors import DiskFull, Unavailable
+from jupyter_agents.workspace import Workspace
+from jupyter_agents.workspaces import Workspaces
+from traitlets.config import Config
+
+pytestmark = pytest.mark.usefixtures("model")
+MB = 2**20
+
+
+# --- caps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("traits", "memory", "cpu", "pids"),
+    [({"cpu_limit": 1.0}, 2**30, 1.0, 512), ({"memory_limit": 300 * MB, "cpu_limit": 0.5, "pids_limit": 99}, 300 * MB, 0.5, 99)],
+    ids=["default", "set"],
+)
+async def test_caps(
+    user: str, docker_api: docker.APIClient, traits: dict[str, Any], memory: int, cpu: float, pids: int
+) -> None:
+    async with serving(user, **traits) as workspace:
+        await workspace.create_agent("a")
+        assert workspace.container
+        about = docker_api.inspect_container(workspace.container.id)
+        uid = str(workspace.agents["a"].uid)
+        inside = output(
+            docker_api, workspace.container.id, "sh", "-c",
+            "id; grep -E '^(Cap|NoNewPrivs)' /proc/self/status; cat /proc/1/comm; cd /sys/fs/cgroup;"
+            "cat memory/memory.limit_in_bytes memory/memory.memsw.limit_in_bytes cpu/cpu.cfs_quota_us pids/pids.max"
+            " || cat memory.max memory.swap.max cpu.max pids.max; : 2>&1",
+            user=f"{uid}:{uid}",
+        )  # fmt: skip
+        shown = workspace.to_dict()["limits"]
+    host = about["HostConfig"]
+    assert host["Memory"] == host["MemorySwap"] == memory
+    assert host["NanoCpus"] == cpu * 10**9
+    assert host["PidsLimit"] == pids
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert not host["Privileged"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["Init"] is True
+    assert not host["Binds"]
+    assert not host["PortBindings"]
+    assert not host["Devices"]
+    assert about["Config"]["User"] not in ("", "0", "root", "0:0")
+    assert [(mount["Type"], mount["Destination"]) for mount in about["Mounts"]] == [("volume", "/workspace")]
+    assert not any(host[f"{kind}Mode"] == "host" for kind in ("Pid", "Ipc", "Network", "UTS", "Userns"))
+    assert f"uid={uid} gid={uid} groups={uid}" in inside
+    for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert f"{kind}:\t{'0' * 16}\n" in inside
+    assert "NoNewPrivs:\t1" in inside
+    figures = inside.split()
+    assert str(memory) in figures
+    assert str(pids) in figures
+    assert str(int(cpu * 100_000)) in figures
+    assert (shown["memory_bytes"], shown["cpu"]) == (memory, cpu)
+
+
+async def test_root_in_a_workspace_is_nobody(user: str, docker_api: docker.APIClient) -> None:
+    """The only thing done as uid 0, looking at processes and emptied directories, could not reach an agent's files."""
+    async with serving(user) as workspace:
+        await workspace.create_agent("a")
+        assert workspace.container
+        told = output(docker_api, workspace.container.id, "sh", "-c", "cat /workspace/agent-a/.env 2>&1; ls /workspace/agent-a 2>&1")
+    assert told.count("Permission denied") == 2
+
+
+async def test_workspaces_cannot_reach_each_other(user: str, docker_api: docker.APIClient) -> None:
+    other = f"{user}-other"
+    serve = "import http.server as h; h.HTTPServer(('', 8000), h.SimpleHTTPRequestHandler).serve_forever()"
+    reach = "import socket; socket.create_connection(('{}', {}), 2); print('reached')"
+    try:
+        async with serving(user) as one, serving(other) as two:
+            await asyncio.gather(one.connect(), two.connect())
+            assert one.container
+            assert two.container
+            started = docker_api.exec_create(two.container.id, ["python3", "-c", serve], user="1000")["Id"]
+            docker_api.exec_start(started, detach=True)
+            networks = docker_api.inspect_container(two.container.id)["NetworkSettings"]["Networks"]
+            address = next(iter(networks.values()))["IPAddress"]
+
+            def tried(container: str, host: str, port: int) -> str:
+                return output(docker_api, container, "python3", "-c", reach.format(host, port), user="1000")
+
+            await eventually(lambda: "reached" in tried(two.container.id, address, 8000))
+            assert "timed out" in tried(one.container.id, address, 8000)
+            host, _, port = os.environ["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+            assert "reached" in tried(one.container.id, host, int(port))  # else nothing is proved
+    finally:
+        for name in volumes(docker_api, other):
+            docker_api.remove_volume(name)
+
+
+# --- made, adopted, made anew -------------------------------------------------------------------------------------------
+
+
+async def test_two_servers_at_the_same_moment(user: str, docker_api: docker.APIClient) -> None:
+    async with serving(user) as one, serving(user) as two:
+        made = await asyncio.gather(one.connect(), two.connect(), one.connect(), two.connect())
+        assert len({container.id for container in made}) == 1
+        assert len(containers(docker_api, user)) == 1
+        assert len(volumes(docker_api, user)) == 1
+        await one.create_agent("a")
+        await two.refresh()
+        assert [agent["id"] for agent in two.list_agents()] == ["a"]
+        run = await one.start_run("a", {"prompt": "[[slow 20 0.1]] [[sleep 60]]"})
+        await two.refresh()
+        assert two.run(run.id).active
+        await seen(two, run, "word019")
+        assert (await two.cancel(run.id)).state == "cancelled"
+        assert (await end_of(one, run, 5)).state == "cancelled"
+        assert await log(one, run) == await log(two, run)
+        await one.remove_agent("a")
+        await two.refresh()
+        assert two.list_agents() == []
+
+
+async def test_engine_made_anew(user: str, docker_api: docker.APIClient) -> None:
+    """Whatever happened to the container, the next call finds another one on the same volume."""
+    async with serving(user) as workspace:
+        await finish(workspace, "a", "[[write kept.txt kept]]")
+        volume = volumes(docker_api, user)
+
+        async def read() -> str:
+            entries = await listing(workspace, "a")
+            assert len(containers(docker_api, user)) == 1
+            assert volumes(docker_api, user) == volume
+            return " ".join(entries)
+
+        for misfortune in (
+            lambda c: docker_api.kill(c),
+            lambda c: docker_api.stop(c, timeout=0),
+            lambda c: docker_api.pause(c),
+            lambda c: docker_api.remove_container(c, force=True),
+        ):
+            assert workspace.container
+            before = workspace.container.id
+            misfortune(before)
+            assert "kept.txt" in await read()
+            assert workspace.container.id != before
+
+        before = workspace.container.id
+        docker_api.kill(before)  # while no server looks
+        async with serving(user) as second:
+            assert "kept.txt" in await listing(second, "a")
+            assert second.container
+            assert second.container.id != before
+
+
+async def listing(workspace: Workspace, agent: str) -> list[str]:
+    async with workspace.open_file(agent, "") as entries:
+        assert isinstance(entries, list)
+        return [entry["name"] for entry in entries]
+
+
+async def test_made_but_never_started(user: str, docker_api: docker.APIClient) -> None:
+    """A server died between the two steps; it may also be one that is about to start it."""
+    async with serving(user) as workspace:
+        await workspace.connect()
+        assert workspace.container
+        name, labels = workspace.container.name, docker_api.inspect_container(workspace.container.id)["Config"]["Labels"]
+        await workspace.stop()
+        left = docker_api.create_container(IMAGE, name=name, labels=labels)["Id"]
+        container = await workspace.connect()
+        assert container.id != left
+        assert len(containers(docker_api, user)) == 1
+
+
+async def test_new_image(user: str, docker_api: docker.APIClient) -> None:
+    tag = "jupyter-agents-test:versions"
+    derived_image(docker_api, tag, {"/version": b"1"})
+    try:
+        async with serving(user, docker={"image": tag}) as workspace:
+            await workspace.create_agent("a")
+            run = await workspace.start_run("a", {"prompt": "[[write kept.txt kept]] [[slow 20 0.5]]"})
+            assert workspace.container
+            first = workspace.container.id
+            await seen(workspace, run, "kept.txt")
+            derived_image(docker_api, tag, {"/version": b"2"})
+            async with serving(user, docker={"image": tag}) as second:
+                assert (await second.connect()).id == first  # for the run's sake
+                assert second.run(run.id).active
+            await workspace.cancel(run.id)
+            async with serving(user, docker={"image": tag}) as second:
+                container = await second.connect()
+                assert container.id != first
+                assert output(docker_api, container.id, "cat", "/version") == "2"
+                assert "kept.txt" in await listing(second, "a")
+    finally:
+        for container in containers(docker_api, user):
+            docker_api.remove_container(container["Id"], force=True)
+        docker_api.remove_image(tag, force=True)
+
+
+async def test_image_of_ones_own(user: str, docker_api: docker.APIClient) -> None:
+    """No git, Python, ripgrep, user or supervisor in it: a shell, coreutils and claude will do."""
+    tag = "jupyter-agents-test:bare"
+    tools = "git python3 python3.11 rg awk.none"
+    script = f"cd /usr/bin && rm -f {tools}; rm -rf /opt/jupyter-agents /workspace; userdel -r claude"
+    made = docker_api.create_container(IMAGE, ["sh", "-c", script], user="0", entrypoint=[])["Id"]
+    docker_api.start(made)
+    docker_api.wait(made)
+    docker_api.commit(made, *tag.split(":"), changes=["LABEL jupyter-agents.agentctl=", "WORKDIR /"])
+    docker_api.remove_container(made)
+    try:
+        async with serving(user, docker={"image": tag}) as workspace:
+            run = await finish(workspace, "a", "[[run command -v git python3 rg; echo worked]] [[write x.txt x]]")
+            told = json.dumps(await log(workspace, run))
+            assert r"worked\"" in told or "worked" in told
+            assert run.state == "succeeded"
+            assert "x.txt" in await listing(workspace, "a")
+            with pytest.raises(Exception, match="has no git"):
+                await workspace.diff("a")
+    finally:
+        for container in containers(docker_api, user):
+            docker_api.remove_container(container["Id"], force=True)
+        docker_api.remove_image(tag)
+
+
+async def test_image_without_claude(user: str, docker_api: docker.APIClient) -> None:
+    tag = "jupyter-agents-test:no-claude"
+    made = docker_api.create_container(IMAGE, ["rm", "/usr/local/bin/claude"], user="0", entrypoint=[])["Id"]
+    docker_api.start(made)
+    docker_api.wait(made)
+    docker_api.commit(made, *tag.split(":"))
+    docker_api.remove_container(made)
+    try:
+        async with serving(user, docker={"image": tag}) as workspace:
+            await workspace.create_agent("a")
+            with pytest.raises(Unavailable, match="no `claude` command") as e:
+                await workspace.start_run("a", {"prompt": "hi"})
+            assert e.value.reason == "image_broken"
+            assert workspace.runs_of("a") == []
+    finally:
+        for container in containers(docker_api, user):
+            docker_api.remove_container(container["Id"], force=True)
+        docker_api.remove_image(tag)
+
+
+# --- how long it is kept ------------------------------------------------------------------------------------------------
+
+
+async def test_closing(user: str, docker_api: docker.APIClient) -> None:
+    def there() -> list[str]:
+        return [container["Id"] for container in containers(docker_api, user)]
+
+    async with serving(user, cleanup_grace=1.5) as workspace:
+        with workspace.listening(lambda message: None):
+            container = await eventually(lambda: workspace.container)
+            await asyncio.sleep(2.5)
+            assert there() == [container.id]
+        await asyncio.sleep(0.7)  # a page reload
+        assert there() == [container.id]
+        with workspace.listening(lambda message: None):
+            await asyncio.sleep(1.5)
+            assert there() == [container.id]
+            await workspace.create_agent("a")
+        run = await workspace.start_run("a", {"prompt": "[[slow 10 0.4]]"})
+        while workspace.run(run.id).active:
+            assert there() == [container.id]
+            await asyncio.sleep(0.2)
+        assert workspace.run(run.id).ended - run.started > 3
+        assert workspace.run(run.id).state == "succeeded"
+        await eventually(lambda: not there(), 6)
+        assert len(volumes(docker_api, user)) == 1
+        await eventually(lambda: workspace.to_dict()["state"] == "stopped", 1)
+        await workspace.refresh()
+        assert [agent["id"] for agent in workspace.list_agents()] == ["a"]
+        assert workspace.run(run.id).state == "succeeded"
+
+
+async def test_server_stops(user: str, docker_api: docker.APIClient) -> None:
+    async with serving(user) as workspace:
+        await workspace.create_agent("a")
+        idle = workspace.container
+    assert containers(docker_api, user) == []
+    async with serving(user) as workspace:
+        await workspace.connect()
+        run = await workspace.start_run("a", {"prompt": "[[slow 12 0.3]]"})
+        assert workspace.container
+        container = workspace.container.id
+    assert idle
+    assert idle.id != container
+    assert [c["Id"] for c in containers(docker_api, user)] == [container]
+    async with serving(user, orphan_age=0) as workspace:
+        await asyncio.sleep(1)  # it is not reaped either
+        assert (await workspace.connect()).id == container
+        assert workspace.run(run.id).active
+        events, ended = await asyncio.gather(log(workspace, run, follow=True), end_of(workspace, run))
+        assert ended.state == "succeeded"
+        assert events[0]["type"] == "system"
+        assert events[-1]["type"] == "run_end"
+        assert text(ended) == "".join(f"word{n:03d} " for n in range(12))
+
+
+async def test_orphans_are_reaped(user: str, docker_api: docker.APIClient) -> None:
+    crashed = Workspaces()
+    await crashed.get(user).connect()
+    crashed.engine.close()
+    async with serving(user):
+        await asyncio.sleep(0.5)
+        assert len(containers(docker_api, user)) == 1  # not old enough
+        for c in containers(docker_api, user):
+            docker_api.pause(c["Id"])
+    async with serving(user, orphan_age=0):
+        await eventually(lambda: not containers(docker_api, user))
+    assert len(volumes(docker_api, user)) == 1
+
+
+async def test_stopped_by_the_user(user: str, docker_api: docker.APIClient) -> None:
+    async with serving(user) as workspace:
+        await workspace.create_agent("a")
+        run = await workspace.start_run("a", {"prompt": "[[sleep 60]]"})
+        await workspace.stop()
+        assert containers(docker_api, user) == []
+        assert workspace.run(run.id).state == "cancelled"
+        await workspace.refresh()
+        assert workspace.run(run.id).state == "cancelled"
+        assert [agent["id"] for agent in workspace.list_agents()] == ["a"]
+        await workspace.stop(volume=True)
+        assert containers(docker_api, user) == []
+        assert volumes(docker_api, user) == []
+        await workspace.refresh()
+        assert workspace.list_agents() == []
+
+
+class Server:
+    """A Jupyter server in a process of its own, which can be killed."""
+
+    def __init__(self, directory: Path, user: str):
+        config = {"JupyterAgents": {"user": user}, "ServerApp": {"jpserver_extensions": {"jupyter_agents": True}}}
+        (directory / "jupyter_server_config.json").write_text(json.dumps(config))
+        environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(directory), "JUPYTER_RUNTIME_DIR": str(directory)}
+        options = ["--ServerApp.port=0", "--ServerApp.allow_root=True", "--IdentityProvider.token=t0ken", "--no-browser"]
+        command = [sys.executable, "-m", "jupyter_server", *options, f"--ServerApp.root_dir={directory}"]
+        for old in directory.glob("jpserver-*.json"):
+            old.unlink()
+        self.log = (directory / "log").open("ab")
+        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
+        deadline = time.monotonic() + 30
+        while not (found := list(directory.glob("jpserver-*.json"))):
+            assert self.process.poll() is None, (directory / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        while True:
+            try:
+                self.url = json.loads(found[0].read_text())["url"] + "jupyter-agents/"
+                self.call("GET", "workspace")
+                return
+            except (ValueError, requests.ConnectionError):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+    def call(self, method: str, path: str, body: Any = None) -> requests.Response:
+        headers = {"Authorization": "token t0ken"}
+        return requests.request(method, self.url + path, json=body, headers=headers, timeout=30)
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(how)
+        self.process.wait(20)
+        self.log.close()
+
+
+async def test_server_killed_in_the_middle_of_a_run(user: str, docker_api: docker.APIClient, tmp_path: Path) -> None:
+    server = Server(tmp_path, user)
+    try:
+        assert server.call("POST", "agents", {"id": "a"}).status_code == 201
+        run = server.call("POST", "agents/a/runs", {"prompt": "[[slow 40 0.3]]"}).json()
+        socket = websocket.create_connection(
+            server.url.replace("http", "ws") + "events", header=["Authorization: token t0ken"]
+        )
+        assert json.loads(socket.recv())["type"] == "state"
+        container = containers(docker_api, user)[0]["Id"]
+        await eventually(lambda: any("watch" in line for line in processes(docker_api, container, 0)))
+    finally:
+        server.end(signal.SIGKILL)
+    socket.shutdown()
+    await eventually(lambda: not processes(docker_api, container, 0))  # nobody watches any more
+    server = Server(tmp_path, user)
+    try:
+        listed = server.call("GET", "runs").json()
+        assert [(r["id"], r["state"]) for r in listed] == [(run["id"], "running")]
+        events = [json.loads(line) for line in server.call("GET", f"runs/{run['id']}/events?follow=1").text.splitlines()]
+        assert events[0]["type"] == "system"
+        assert events[-1]["type"] == "run_end"
+        ended = server.call("GET", f"runs/{run['id']}").json()
+        assert ended["state"] == "succeeded"
+        assert ended["result"]["text"] == "".join(f"word{n:03d} " for n in range(40))
+        assert server.call("GET", f"runs/{run['id']}/events").text.splitlines() == [json.dumps(e, separators=(",", ":"), ensure_ascii=False) for e in events]
+        assert containers(docker_api, user)[0]["Id"] == container
+    finally:
+        server.end()
+    assert containers(docker_api, user) == []
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+
+async def test_memory(user: str, docker_api: docker.APIClient, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[dict[str, Any]] = []
+    caplog.set_level(logging.WARNING)
+    script = "[[allocate 300 7]] [[sleep 5]] [[allocate 300 5]]"
+    async with serving(user, memory_limit=600 * MB, memory_warning=420 * MB) as workspace:
+        await workspace.create_agent("a")
+        assert workspace.container
+        container = workspace.container.id
+        assert processes(docker_api, container, 0) == []  # nobody watches, so nobody samples
+        with workspace.listening(told.append):
+            run = await workspace.start_run("a", {"prompt": script})
+            await eventually(lambda: workspace.memory and workspace.memory["level"] == "warning", 30)
+            stats = await asyncio.to_thread(docker_api.stats, container, stream=False)
+            shown = workspace.memory
+            await end_of(workspace, run, 60)
+            await eventually(lambda: workspace.memory and not workspace.memory["runs"])
+        await eventually(lambda: not processes(docker_api, container, 0))
+    memory = stats["memory_stats"]
+    usage, inactive = memory["usage"], memory["stats"].get("total_inactive_file", memory["stats"].get("inactive_file"))
+    assert shown
+    assert shown["used_bytes"] == pytest.approx(usage - inactive, abs=30 * MB)
+    assert shown["limit_bytes"] == 600 * MB
+    assert shown["runs"].keys() == {run.id}
+    assert 300 * MB < shown["runs"][run.id] <= shown["used_bytes"]
+    assert sum(message["type"] == "warning" for message in told) == 2
+    assert sum("MB of 600 MB" in record.getMessage() for record in caplog.records) == 2
+    samples = [message["memory"]["time"] for message in told if message["type"] == "memory"]
+    assert len(samples) > 5
+    assert all(1.5 < after - before < 6 for before, after in zip(samples, samples[1:], strict=False))
+
+
+async def test_memory_after_oom_kills(user: str) -> None:
+    async with serving(user, memory_limit=300 * MB) as workspace:
+        await finish(workspace, "a", "[[allocate 400 1]] [[allocate 400 1]]")
+        await workspace.measure()
+        assert workspace.memory
+        assert workspace.memory["oom_kills"] == 2
+        assert workspace.memory["runs"] == {}
+
+
+# --- misfortunes --------------------------------------------------------------------------------------------------------
+
+
+async def test_disk_full(user: str, docker_api: docker.APIClient) -> None:
+    options = {"type": "tmpfs", "device": "tmpfs", "o": "size=8m"}
+    docker_api.create_volume(f"full-{user}", "local", options, {LABEL: user, DEPLOYMENT_LABEL: ""})
+
+    async def upload(name: str, data: bytes) -> None:
+        async with workspace.receive_file("a", name, len(data)) as process:
+            await process.write(data)
+            await workspace.stored(name, process)
+
+    async with serving(user) as workspace:
+        await workspace.create_agent("a")
+        await upload("kept.bin", b"old" * 1000)
+        with pytest.raises(DiskFull) as e:
+            await upload("kept.bin", b"x" * 9 * MB)
+        assert (e.value.status, e.value.reason) == (507, "disk_full")
+        async with workspace.open_file("a", "kept.bin") as opened:
+            assert isinstance(opened, tuple)
+            assert await opened[1].stdout.read(-1) == b"old" * 1000
+        assert await listing(workspace, "a") == [".agent", ".env", "kept.bin"]  # no half of the other
+
+        filling = await finish(workspace, "a", "[[run head -c 20000000 /dev/zero > fill.bin]] [[say on]]")
+        assert not filling.active
+        with pytest.raises(DiskFull):
+            await workspace.start_run("a", {"prompt": "[[say hi]]" + "x" * 10**6})
+        assert workspace.active_runs == []
+        await workspace.delete_file("a", "fill.bin")
+        assert (await finish(workspace, "a", "[[say hi]]")).state == "succeeded"
+
+
+class SlowForSome(DockerEngine):
+    def _ensure(self, api: docker.APIClient, user: str, limits: Limits) -> Any:
+        if user.startswith("slow-"):
+            time.sleep(4)
+            raise Unavailable("It was too slow.", "engine_unavailable")
+        return super()._ensure(api, user, limits)
+
+
+async def test_slow_engine_holds_up_nobody_else(user: str) -> None:
+    workspaces = Workspaces(config=Config(Workspaces={"engine_class": SlowForSome}))
+    workspaces.start(user)
+    lag = 0.0
+
+    async def measure() -> None:
+        nonlocal lag
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            lag = max(lag, time.monotonic() - before - 0.01)
+
+    measuring = asyncio.ensure_future(measure())
+    slow = [asyncio.ensure_future(workspaces.get(f"slow-{user}-{n}").connect()) for n in range(16)]
+    await asyncio.sleep(0.1)
+    began = time.monotonic()
+    workspace = workspaces.get(user)
+    await workspace.create_agent("a")
+    await workspace.set_env("a", {"X": "y"})
+    took = time.monotonic() - began
+    assert not any(task.done() for task in slow)
+    assert took < 3
+    answers = await asyncio.gather(*slow, return_exceptions=True)
+    assert all(isinstance(answer, Unavailable) for answer in answers)
+    measuring.cancel()
+    assert lag < 0.5
+    await workspaces.stop()
