@@ -47,14 +47,14 @@ export function plain(text: string): string {
   return (
     text
       // Window titles and links (OSC … BEL or ST), then colours and cursor moves (CSI), then short escapes.
-      // eslint-disable-next-line no-control-regex
+
       .replace(/\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?/g, '')
-      // eslint-disable-next-line no-control-regex
+
       .replace(/(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?/g, '')
-      // eslint-disable-next-line no-control-regex
+
       .replace(/\x1b[ -/]*[0-~]?/g, '')
       .replace(/\r\n?/g, '\n')
-      // eslint-disable-next-line no-control-regex
+
       .replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f]/g, '')
   );
 }

@@ -46,6 +46,7 @@ export async function request(
 ): Promise<Response> {
   if (json !== undefined) {
     init.body = JSON.stringify(json);
+    init.headers = { 'Content-Type': 'application/json' };
   }
   const response = await ServerConnection.makeRequest(
     apiUrl(settings, path),
