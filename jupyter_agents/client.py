@@ -448,9 +448,7 @@ class RunHandle:
         return self.text
 
     def __repr__(self) -> str:
-        from .transcript import outcome
-
-        return f"<run {self.id} of {self.agent}: {outcome(self.info)}>"
+        return f"<run {self.id} of {self.agent}: {self.info['state']}>"
 
 
 # --- finding the server -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +62,12 @@ def bootstrap() -> bytes:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def _abandon(starting: Future[tuple[str, Any]]) -> None:
+    """Let go of a process that nobody waits for any more; one that reads its stdin then ends."""
+    if not starting.cancelled() and not starting.exception():
+        starting.result()[1]._response.close()
 
 
 class DockerExec:
@@ -174,7 +180,7 @@ class DockerEngine(Engine):
             raise Unavailable(f"The CA bundle can't be read: {e}.", "ca_bundle_missing") from None
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         if self._api:
             self._api.close()
 
@@ -300,9 +306,7 @@ class DockerEngine(Engine):
                 time.sleep(0.1)  # another server was faster, or the engine is still removing the last one
         raise Unavailable(f"Docker keeps refusing to make the container {self._name(user)}.", "engine_unavailable")
 
-    def _create(
-        self, api: docker.APIClient, user: str, limits: Limits, image: dict[str, Any], volume: str
-    ) -> str:
+    def _create(self, api: docker.APIClient, user: str, limits: Limits, image: dict[str, Any], volume: str) -> str:
         labels = {LABEL: user, DEPLOYMENT_LABEL: self.deployment}
         api.create_volume(volume, labels=labels)
         made = api.create_container(
@@ -368,7 +372,12 @@ class DockerEngine(Engine):
             made = api.exec_create(container.id, argv, stdin=True, user=f"{uid}:{uid}")["Id"]
             return made, api.exec_start(made, socket=True)
 
-        return DockerExec(self, *await self.call(start))
+        starting = self._pool.submit(self._call, start)
+        try:
+            return DockerExec(self, *await asyncio.wrap_future(starting))
+        except asyncio.CancelledError:
+            starting.add_done_callback(_abandon)
+            raise
 
     async def put(self, container: Container, tar: bytes) -> None:
         await self.call(lambda api: api.put_archive(container.id, "/", tar))

@@ -71,9 +71,8 @@ def read(text: str) -> dict[str, str]:
 def edit(text: str, changes: Mapping[str, str | None]) -> str:
     """The `.env` text with variables set, or unset where the value is None; all other lines stay as they are."""
     kept = "".join(b.original.string for b in parse_stream(io.StringIO(text)) if b.key not in changes)
-    if kept and not kept.endswith("\n"):
-        kept += "\n"
-    return kept + "".join(f"{key}={_quote(value)}\n" for key, value in changes.items() if value is not None)
+    # What is new comes first: a quote that is never closed would take in what follows it.
+    return "".join(f"{key}={_quote(value)}\n" for key, value in changes.items() if value is not None) + kept
 
 
 def _quote(value: str) -> str:

@@ -226,6 +226,10 @@ class FilesHandler(StreamedHandler):
     _upload: AsyncExitStack | None = None
     _process: Exec
 
+    def decode_argument(self, value: bytes | None, name: str | None = None) -> str:
+        """Names of files are bytes; those that aren't UTF-8 are written as Python does. Without a path it is None."""
+        return (value or b"").decode("utf-8", "surrogateescape")
+
     async def prepare(self) -> None:  # type: ignore[override]
         self._received = bytearray()
         await super().prepare()
@@ -243,8 +247,11 @@ class FilesHandler(StreamedHandler):
         if not length.isdigit():
             raise LengthRequired("An upload needs a Content-Length.", "length_required")
         self.request.connection.set_max_body_size(int(length) + 1)  # type: ignore[union-attr]
-        self._upload = AsyncExitStack()
-        self._process = await self._upload.enter_async_context(self.workspace.receive_file(agent, path, int(length)))
+        upload = AsyncExitStack()
+        self._process = await upload.enter_async_context(self.workspace.receive_file(agent, path, int(length)))
+        self._upload = upload
+        if self.request.connection.stream.closed():  # type: ignore[union-attr]
+            self.on_finish()  # nobody else will say so: the connection closed before there was an upload
 
     async def data_received(self, chunk: bytes) -> None:
         if self._upload:

@@ -78,6 +78,7 @@ class Link(ABC):
             return self.container
 
     async def _start(self) -> None:
+        self.limits = self.settings.limits_for(self.user)  # others may hold by now
         container = await self.engine.ensure(self.user, self.limits)
         sample = agentctl.Sample() if container.new else await self._look_into(container)
         if container.outdated and not sample.supervisors:

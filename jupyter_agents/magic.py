@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import io
 import json
 import shlex
@@ -186,6 +187,7 @@ def _split(line: str) -> list[str]:
 
 def _command_parser() -> cli.Parser:
     parser = cli.Parser(prog="%agent")
+    parser.set_defaults(read=getpass.getpass)
     cli.add_verbs(parser.add_subparsers(metavar="COMMAND", required=True))
     return parser
 

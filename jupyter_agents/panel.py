@@ -89,6 +89,7 @@ class Feed:
             for task in self._tasks:
                 task.cancel()
             self._runs.clear()
+            self.client._session.close()  # its idle connections; it opens new ones when it has to
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(work)
@@ -223,7 +224,8 @@ class Panel(widgets.VBox):
         self.notice = widgets.HTML()
         self.bar = widgets.FloatProgress(min=0, max=1, layout=Layout(width="240px"))
         self.memory = widgets.HTML()
-        self.agents = widgets.Select(rows=4, layout=Layout(width="auto"))
+        self.agents = widgets.Select(description="Agents", rows=4, layout=Layout(width="auto"))
+        self.agents.style.description_width = "initial"
         self.name = self._input(widgets.Text, "Name of a new agent", width="200px")
         self.create = self._button("Create agent", "plus", self._create)
         self.counts = widgets.HTML()
@@ -235,7 +237,7 @@ class Panel(widgets.VBox):
         self.hint = widgets.HTML()
         self.status = widgets.HTML()
         self.steps = Steps()
-        row = Layout(align_items="center", flex_flow="row wrap")
+        row = Layout(align_items="center", flex_flow="row wrap", grid_gap="0 8px")
         super().__init__(
             [
                 self.notice,
@@ -405,7 +407,7 @@ class Steps(widgets.Box):
         self._first = 0  # number of the first item that is shown
         self._complete = 0  # how many of those shown, counted from there
         self._note = widgets.HTML()
-        self._list = widgets.VBox([self._note], layout=Layout(width="100%"))
+        self._list = widgets.VBox([self._note], layout=Layout(width="100%", flex="none"))
         # Reversed, so that the browser keeps it scrolled to its end unless somebody scrolls up.
         layout = Layout(flex_flow="column-reverse", overflow="auto", max_height="420px")
         super().__init__([self._list], layout=layout)
@@ -462,7 +464,7 @@ def _close(widget: widgets.Widget) -> None:
 
 
 def _small(text: str) -> str:
-    return f'<span style="opacity: 0.75">{html.escape(text)}</span>' if text else ""
+    return f'<div style="opacity: 0.75; line-height: 1.6">{html.escape(text)}</div>' if text else ""
 
 
 def _notice(error: AgentsError) -> str:

@@ -63,16 +63,19 @@ class Run:
         """
         try:
             record = json.loads(files["record"])
+            started = claude.number(record["started"])
+            if started is None:
+                return None
             run = cls(
                 id=str(record["id"]),
                 agent=agent,
                 prompt=str(record["prompt"])[:SHOWN_OF_PROMPT],
                 model=None if record["model"] is None else str(record["model"]),
                 continued=bool(record["continued"]),
-                started=float(record["started"]),
+                started=started,
                 container=str(record["container"]),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             return None
         if not RUN_ID.fullmatch(run.id):
             return None
@@ -95,9 +98,9 @@ class Run:
     def conclude(self, end: claude.Event, result: claude.Event, stderr: bytes, memory_bytes: int) -> None:
         """Settle how it ended, from its `run_end` event, Claude's `result` event (or none) and standard error."""
         self.activity = None
-        self.ended = _number(end.get("ended")) or time.time()
-        self.oom_kills = int(_number(end.get("oom_kills")) or 0)
-        self.peak_bytes = int(_number(end.get("peak_bytes")) or 0) or None
+        self.ended = claude.number(end.get("ended")) or time.time()
+        self.oom_kills = int(claude.number(end.get("oom_kills")) or 0)
+        self.peak_bytes = int(claude.number(end.get("peak_bytes")) or 0) or None
         if result["type"] == "result":
             self.result = claude.result(result)
             self.session_id = self.result["session_id"] or self.session_id
@@ -140,7 +143,3 @@ LOST = {
     "run_killed": "All of the run was killed from within the workspace; what the agent wrote until then is kept.",
     "disk_full": "The workspace's disk filled up and the run's end is lost: delete files or agents to make room.",
 }
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None

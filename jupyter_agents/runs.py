@@ -246,7 +246,10 @@ class Runs(Agents):
         if result["type"] != "result":
             # Only the directory has what Claude said on standard error.
             agent = self.agents[run.agent]
-            await self._load(agent.id, agent.uid)
+            try:
+                await self._load(agent.id, agent.uid)
+            except AgentsError as e:
+                self.log.warning("What the run %s said is not to be had: %s", run.id, e)
         if run.active:
             run.conclude(end, result, b"", self.limits.memory_bytes)
             self._end(run)

@@ -263,7 +263,9 @@ def item_markdown(item: Item) -> str:
     if isinstance(item, Text):
         return safe_markdown(cut(item.text, TEXT_LIMIT))
     mark = " ✗" if item.failed else "" if item.done else " …"
-    body = "".join(f"<pre>{literal(cut(part, DETAIL_LIMIT))}</pre>" for part in (item.input, item.result) if part)
+    body = "<small>result</small>".join(
+        f"<pre>{literal(cut(part, DETAIL_LIMIT))}</pre>" for part in (item.input, item.result) if part
+    )
     summary = f"{'↳ ' if item.nested else ''}<b>{literal(item.name)}</b> <code>{literal(item.summary)}</code>{mark}"
     return f"<details><summary>{summary}</summary>{body}</details>"
 

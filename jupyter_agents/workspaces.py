@@ -63,4 +63,7 @@ class Workspaces(Settings):
             workspace = self.get(container.user)
             if time.time() - container.started > self.orphan_age and not workspace.watched:
                 self.log.info("Reaping the orphan %s, unless it has an active run", container.name)
-                await workspace.remove_if_idle(container)
+                try:
+                    await workspace.remove_if_idle(container)
+                except AgentsError as e:
+                    self.log.warning("%s stays: %s", container.name, e)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import docker
@@ -19,12 +20,12 @@ def model_addresses() -> tuple[list[str], str]:
     """Where the model listens, and the name by which containers reach it."""
     if sys.platform != "linux":  # Docker Desktop leads from this name to the host's loopback
         return ["127.0.0.1"], "host.docker.internal"
-    api = docker.from_env().api
-    try:
-        network = api.inspect_network(NETWORK)
-    except NotFound:
-        options = {"com.docker.network.bridge.enable_icc": "false"}
-        network = api.inspect_network(api.create_network(NETWORK, driver="bridge", options=options)["Id"])
+    with closing(docker.from_env().api) as api:
+        try:
+            network = api.inspect_network(NETWORK)
+        except NotFound:
+            options = {"com.docker.network.bridge.enable_icc": "false"}
+            network = api.inspect_network(api.create_network(NETWORK, driver="bridge", options=options)["Id"])
     gateway = network["IPAM"]["Config"][0]["Gateway"]
     return ["127.0.0.1", gateway], gateway
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from traitlets import Container
+from traitlets.config import Configurable
+
 from jupyter_agents.app import JupyterAgents
 from jupyter_agents.docker_engine import DockerEngine
 from jupyter_agents.workspaces import Workspaces
-from traitlets import Container
-from traitlets.config import Configurable
 
 CLASSES: list[type[Configurable]] = [JupyterAgents, Workspaces, DockerEngine]
 COMPUTED = {"user": "the user that the server runs as", "ca_bundle": "`$SSL_CERT_FILE`", "service_url": "what the Hub told"}

@@ -27,14 +27,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def server() -> Iterator[Api]:
-    with serving() as server:
-        yield server
+def served() -> Iterator[Api]:
+    with serving() as served:
+        yield served
 
 
 @pytest.fixture
-def client(server: Api) -> Client:
+def client(served: Api) -> Client:
     """A client of the server, where there is an agent `bot`."""
-    client = Client(server.url, TOKEN)
+    client = Client(served.url, TOKEN)
     client.create_agent("bot")
     return client

@@ -7,13 +7,16 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import docker
 import pytest
+import requests
 from docker.errors import NotFound
+
 from jupyter_agents.docker_engine import LABEL
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +61,11 @@ def user(docker_api: docker.APIClient) -> Iterator[str]:
     """A user of this test's own, of whom nothing is left."""
     name = f"test-{secrets.token_hex(4)}"
     yield name
-    label = {"label": f"{LABEL}={name}"}
+    clean_up(docker_api, name)
+
+
+def clean_up(docker_api: docker.APIClient, user: str) -> None:
+    label = {"label": f"{LABEL}={user}"}
     for container in docker_api.containers(all=True, filters=label):
         docker_api.remove_container(container["Id"], force=True)
     for volume in docker_api.volumes(filters=label)["Volumes"] or []:
@@ -98,3 +105,49 @@ def api(jp_fetch: Callable[..., Awaitable[Any]], model: str) -> Api:
         return response.code, json.loads(response.body) if "json" in kind and "nd" not in kind else response.body
 
     return call
+
+
+class Server:
+    """A Jupyter server in a process of its own."""
+
+    def __init__(self, user: str, folder: Path):
+        config = {
+            "ServerApp": {"port": 0, "allow_root": True, "root_dir": str(folder), "jpserver_extensions": {"jupyter_agents": True}},
+            "IdentityProvider": {"token": secrets.token_hex()},
+            "JupyterAgents": {"user": user},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        places = {f"JUPYTER_{name}_DIR": str(folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+        command = [sys.executable, "-m", "jupyter_server", f"--config={folder / 'config.json'}", "--no-browser"]
+        with (folder / "log").open("w") as log:
+            self._process = subprocess.Popen(command, env={**os.environ, **places}, stdout=log, stderr=log)
+        self.pid = self._process.pid
+        self.token = config["IdentityProvider"]["token"]
+        deadline = time.monotonic() + 60
+        while not (found := list((folder / "RUNTIME").glob("jpserver-*.json"))):
+            assert self._process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, "the server doesn't start"
+            time.sleep(0.1)
+        self.base_url = json.loads(found[0].read_text())["url"] + "jupyter-agents/"
+
+    def url(self, path: str) -> str:
+        return self.base_url + path
+
+    def session(self) -> requests.Session:
+        session = requests.Session()
+        session.headers["Authorization"] = f"token {self.token}"
+        return session
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(docker_api: docker.APIClient, model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for tests that need a process of its own, or its port from another thread."""
+    name = f"test-{secrets.token_hex(4)}"
+    running = Server(name, tmp_path_factory.mktemp("server"))
+    yield running
+    running.stop()
+    clean_up(docker_api, name)

@@ -12,6 +12,7 @@ import docker
 import pytest
 from conftest import Api
 from helpers import end_of, finish, output, serving, text
+
 from jupyter_agents.app import AUDIT_ID
 from jupyter_agents.errors import AgentsError, BadRequest, Conflict, NotFound, TooLarge
 from jupyter_agents.workspace import Workspace
@@ -288,7 +289,7 @@ async def test_dotenv_that_the_agent_wrote(api: Api, docker_api: docker.APIClien
     _, names = await api("PATCH", "agents/a1/env", {"D": "1", "B": None})
     assert names == ["A", "C", "D"]
     kept = output(docker_api, container, "cat", "/workspace/agent-a1/.env", user=f"{uid}:{uid}")
-    assert kept == lines.replace("B=${SECRET_OF_SERVER:-none}\n", "") + "D='1'\n"
+    assert kept == "D='1'\n" + lines.replace("B=${SECRET_OF_SERVER:-none}\n", "")
 
 
 async def test_env_refuses_what_no_variable_can_be(api: Api) -> None:
@@ -331,7 +332,7 @@ async def test_values_never_come_back(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     began = time.time()
-    secret = "s3cr3t-of-the-agent"  # noqa: S105
+    secret = "s3cr3t-of-the-agent"
     told: list[Any] = []
 
     async def listen(logger: Any, schema_id: str, data: dict[str, Any]) -> None:
@@ -383,7 +384,7 @@ async def test_env_stays_0600_and_its_own(user: str, docker_api: docker.APIClien
             assert try_in(docker_api, workspace, "a1", f"cd {home}; {script}")[0] == 0, script
             assert await asyncio.wait_for(workspace.set_env("a1", {"A": "1"}), 10) == ["A"], script
             uid = workspace.agent("a1").uid
-            told = try_in(docker_api, workspace, "a1", f"stat -c '%u %a %F' {home}/.env; tail -n 1 {home}/.env")
+            told = try_in(docker_api, workspace, "a1", f"stat -c '%u %a %F' {home}/.env; head -n 1 {home}/.env")
             assert told == (0, f"{uid} 600 regular file\nA='1'\n"), script
 
 

@@ -21,9 +21,9 @@ Told = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
-def found(server: Api, home: Path) -> None:
+def found(served: Api, home: Path) -> None:
     """The command line finds the server as one of the user's."""
-    server_file(home, server, 12345678)
+    server_file(home, served, 12345678)
 
 
 def ok(told: Told, *argv: str) -> str:
@@ -36,7 +36,7 @@ def answer(told: Told, *argv: str) -> Any:
     return json.loads(ok(told, *argv, "--json"))
 
 
-def test_a_day_on_the_command_line(server: Api, capsys: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_day_on_the_command_line(served: Api, capsys: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert ok(capsys, "create", "bot") == "Agent bot is ready."
     assert [agent["id"] for agent in answer(capsys, "list")] == ["bot"]
@@ -47,43 +47,43 @@ def test_a_day_on_the_command_line(server: Api, capsys: Told, tmp_path: Path, mo
     assert Path("out.txt").read_text() == "data"
 
     def script(run: str) -> None:
-        server.add(run, *says("Hello."), *calls("Bash", {"command": "ls"}))
-        server.end(run)
+        served.add(run, *says("Hello."), *calls("Bash", {"command": "ls"}))
+        served.end(run)
 
-    server.script = script
+    served.script = script
     assert ok(capsys, "run", "bot", "greet", "-m", "opus").startswith("Hello.\n● Bash ls\n✓ succeeded in 1.5 s")
-    assert server.requests == [{"prompt": "greet", "model": "opus"}]
+    assert served.requests == [{"prompt": "greet", "model": "opus"}]
     assert ok(capsys, "log", "bot").startswith("Hello.\n● Bash ls\n✓ succeeded")
     assert [event["type"] for event in answer(capsys, "log", "bot")][-1] == "run_end"
     assert [run["state"] for run in answer(capsys, "runs")] == ["succeeded"]
-    server.diff = "+x\n"
+    served.diff = "+x\n"
     assert answer(capsys, "diff", "bot") == {"diff": "+x\n"}
     assert answer(capsys, "status")["limits"]["runs"] == 3
     assert answer(capsys, "stop", "bot")["state"] == "succeeded"
     assert answer(capsys, "rm", "bot") is None
 
 
-def test_a_run_makes_its_agent_and_answers_in_json(server: Api, capsys: Told) -> None:
-    server.script = lambda run: (server.add(run, *says("Hello.")), server.end(run))[0]
+def test_a_run_makes_its_agent_and_answers_in_json(served: Api, capsys: Told) -> None:
+    served.script = lambda run: (served.add(run, *says("Hello.")), served.end(run))[0]
     assert main(["run", "new", "greet", "--json"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["result"]["text"] == "Done."
     assert told.err.startswith("Hello.\n✓ succeeded")
 
 
-def test_a_prompt_from_stdin_in_the_background(server: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.script = lambda run: None
+def test_a_prompt_from_stdin_in_the_background(served: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.script = lambda run: None
     monkeypatch.setattr("sys.stdin", io.StringIO("do {this}\n--not-an-option\n"))
     assert ok(capsys, "run", "bot", "-b") == "20250101-000000-00000000"
-    assert server.requests == [{"prompt": "do {this}\n--not-an-option\n"}]
+    assert served.requests == [{"prompt": "do {this}\n--not-an-option\n"}]
     assert [run["id"] for run in answer(capsys, "runs", "bot")] == ["20250101-000000-00000000"]
 
 
-def test_values_of_variables_are_read_from_stdin(server: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_variables_are_read_from_stdin(served: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     ok(capsys, "create", "bot")
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin\n"))
     assert answer(capsys, "env", "bot", "KEY", "A=1") == ["A", "KEY"]
-    assert server.env["bot"] == {"KEY": "from stdin", "A": "1"}
+    assert served.env["bot"] == {"KEY": "from stdin", "A": "1"}
     assert ok(capsys, "env", "bot", "--unset", "KEY") == "A"
     assert ok(capsys, "env", "bot", "-u", "A") == "Agent bot has no variables."
 
@@ -109,18 +109,18 @@ def test_mistakes(capsys: Told, argv: list[str], code: int, sentence: str) -> No
     assert told.err.count("\n") == 1
 
 
-def test_a_failed_run_fails_the_command(server: Api, capsys: Told) -> None:
-    server.script = lambda run: server.end(run, "failed", "Bad key.")
+def test_a_failed_run_fails_the_command(served: Api, capsys: Told) -> None:
+    served.script = lambda run: served.end(run, "failed", "Bad key.")
     assert main(["run", "bot", "x"]) == 1
     assert capsys.readouterr().err == "Bad key.\n"
 
 
-def test_an_interrupt_cancels_the_run(server: Api) -> None:
-    server.script = lambda run: server.add(run, *says("Working"))
+def test_an_interrupt_cancels_the_run(served: Api) -> None:
+    served.script = lambda run: served.add(run, *says("Working"))
     command = [sys.executable, "-m", "jupyter_agents.cli", "run", "bot", "work"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 20
-    while not server.sockets and time.monotonic() < deadline:
+    while not served.sockets and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
@@ -129,7 +129,7 @@ def test_an_interrupt_cancels_the_run(server: Api) -> None:
     assert out.startswith("Working\n✗ cancelled")
 
 
-def test_doctor(server: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor(served: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
     shown = ok(capsys, "doctor")
@@ -138,7 +138,7 @@ def test_doctor(server: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch) -> N
     for name in [name for name in os.environ if name.startswith(("ANTHROPIC_", "CLAUDE_CODE_"))]:
         monkeypatch.delenv(name)
     problem = {"message": "Build it once.", "reason": "image_missing", "command": "jupyter agents build"}
-    monkeypatch.setattr(server, "workspace", lambda: {"problem": problem})
+    monkeypatch.setattr(served, "workspace", lambda: {"problem": problem})
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "✗ engine and image: Build it once.\n    jupyter agents build\n" in shown
@@ -160,3 +160,10 @@ def test_building_without_docker() -> None:
 def test_table() -> None:
     assert table([("a", "bb", ""), ("ccc", "d", "e")]) == "a    bb\nccc  d   e"
     assert table([]) == ""
+
+
+def test_nobody_to_ask(capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok(capsys, "create", "bot")
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["env", "bot", "KEY"]) == 1
+    assert capsys.readouterr().err == "Nobody can be asked for KEY here: give it as KEY=VALUE.\n"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from api_server import TOKEN, Api, calls, says, server_file, serving
+from jupyter_client.asynchronous.client import AsyncKernelClient
 
 from jupyter_agents.client import AgentsError, Client, _lines
 
@@ -33,10 +35,10 @@ def test_workspace_and_agents(client: Client) -> None:
     assert (caught.value.reason, caught.value.status) == ("unknown_agent", 404)
 
 
-def test_env(server: Api, client: Client) -> None:
+def test_env(served: Api, client: Client) -> None:
     assert client.set_env("bot", {"A": "1", "B": "ü=2"}) == ["A", "B"]
     assert client.set_env("bot", {"A": None}) == ["B"] == client.env("bot")
-    assert server.env["bot"] == {"B": "ü=2"}
+    assert served.env["bot"] == {"B": "ü=2"}
 
 
 def test_files_go_and_come_back(client: Client, tmp_path: Path) -> None:
@@ -80,24 +82,24 @@ def test_a_failed_download_leaves_what_was_there(client: Client, tmp_path: Path)
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", ".."])
-def test_a_path_cannot_climb(server: Api, client: Client, path: str) -> None:
-    asked = len(server.seen)
+def test_a_path_cannot_climb(served: Api, client: Client, path: str) -> None:
+    asked = len(served.seen)
     with pytest.raises(AgentsError, match=r"'\.\.'"):
         client.read("bot", path)
-    assert len(server.seen) == asked
+    assert len(served.seen) == asked
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b?c"])
-def test_a_name_cannot_be_another_address(server: Api, client: Client, name: str) -> None:
+def test_a_name_cannot_be_another_address(served: Api, client: Client, name: str) -> None:
     with pytest.raises(AgentsError):
         client.agent(name)
-    assert "x" not in server.agents
-    assert all("/agents/" in uri or uri.endswith("/agents") for _, uri, _ in server.seen)
+    assert "x" not in served.agents
+    assert all("/agents/" in uri or uri.endswith("/agents") for _, uri, _ in served.seen)
 
 
-def test_a_run_from_start_to_end(server: Api, client: Client) -> None:
+def test_a_run_from_start_to_end(served: Api, client: Client) -> None:
     run = client.start_run("bot", "say hello", model="m", max_turns=None)
-    assert server.requests == [{"prompt": "say hello", "model": "m"}]
+    assert served.requests == [{"prompt": "say hello", "model": "m"}]
     assert run.wait(10).status == "succeeded"
     assert (run.text, str(run), run.cost) == ("Done.", "Done.", 0.0123)
     assert run.result
@@ -105,17 +107,17 @@ def test_a_run_from_start_to_end(server: Api, client: Client) -> None:
     assert [event["type"] for event in run.events()] == ["run_end"]
     assert run.files() == []
     assert client.runs("bot") == client.runs() == [run.info]
-    assert repr(run) == f"<run {RUN} of bot: ✓ succeeded in 1.5 s · 2 turns · $0.0123 · 1,234 tokens in, 56 out>"
+    assert repr(run) == f"<run {RUN} of bot: succeeded>"
     assert client.handle(RUN).check().id == RUN
 
 
-def test_waiting(server: Api, client: Client) -> None:
-    server.script = lambda run: None
+def test_waiting(served: Api, client: Client) -> None:
+    served.script = lambda run: None
     run = client.start_run("bot", "sleep")
     assert (run.status, run.text, run.cost, run.result) == ("running", "", None, None)
     with pytest.raises(TimeoutError, match=r"still running after 0\.3 s"):
         run.wait(0.3)
-    threading.Timer(0.2, server.end, [run.id, "failed"]).start()
+    threading.Timer(0.2, served.end, [run.id, "failed"]).start()
     began = time.monotonic()
     assert run.wait().status == "failed"
     assert time.monotonic() - began < 2
@@ -123,16 +125,16 @@ def test_waiting(server: Api, client: Client) -> None:
         run.check()
 
 
-def test_cancelling(server: Api, client: Client) -> None:
-    server.script = lambda run: None
+def test_cancelling(served: Api, client: Client) -> None:
+    served.script = lambda run: None
     run = client.start_run("bot", "sleep").cancel()
     assert run.status == "cancelled"
     with pytest.raises(AgentsError, match="cancelled"):
         run.check()
 
 
-def test_events_from_any_number(server: Api, client: Client) -> None:
-    server.script = lambda run: (server.add(run, *calls("Bash", {}), *says("x" * 100_000)), server.end(run))[0]
+def test_events_from_any_number(served: Api, client: Client) -> None:
+    served.script = lambda run: (served.add(run, *calls("Bash", {}), *says("x" * 100_000)), served.end(run))[0]
     run = client.start_run("bot", "go").wait()
     events = list(run.events())
     assert [event["type"] for event in events] == ["assistant", "user", *["stream_event"] * 2, "assistant", "run_end"]
@@ -141,13 +143,13 @@ def test_events_from_any_number(server: Api, client: Client) -> None:
 
 
 @pytest.mark.parametrize("how", ["events", "watch"])
-def test_following_goes_on_after_the_connection_broke(server: Api, client: Client, how: str) -> None:
-    server.script = lambda run: None
-    server.cut_after = [3, 3, 7]
+def test_following_goes_on_after_the_connection_broke(served: Api, client: Client, how: str) -> None:
+    served.script = lambda run: None
+    served.cut_after = [3, 3, 7]
     run = client.start_run("bot", "count")
     for n in range(10):
-        threading.Timer(0.05 * n, server.add, [run.id, {"n": n}]).start()
-    threading.Timer(0.8, server.end, [run.id]).start()
+        threading.Timer(0.05 * n, served.add, [run.id, {"n": n}]).start()
+    threading.Timer(0.8, served.end, [run.id]).start()
     if how == "events":
         got = list(run.events(follow=True))
     else:
@@ -155,7 +157,7 @@ def test_following_goes_on_after_the_connection_broke(server: Api, client: Clien
         got = [event for m in messages if m["type"] == "events" for event in m["events"]]
         assert messages[-1] == {"type": "end", "run": run.id, "next": 11}
     assert got == [*({"n": n} for n in range(10)), {"type": "run_end", "exit_code": 0, "reason": ""}]
-    assert server.cut_after == []
+    assert served.cut_after == []
 
 
 @pytest.mark.parametrize("how", ["events", "watch"])
@@ -221,8 +223,8 @@ def test_lines_are_whole_however_they_arrive() -> None:
         (503, '{"message": "Start Docker.", "reason": "engine_unavailable"}', "engine_unavailable", "^Start Docker.$"),
     ],
 )
-def test_refusals(server: Api, client: Client, status: int, body: str, reason: str, sentence: str) -> None:
-    server.refuse = status, body
+def test_refusals(served: Api, client: Client, status: int, body: str, reason: str, sentence: str) -> None:
+    served.refuse = status, body
     with pytest.raises(AgentsError, match=sentence) as caught:
         client.workspace()
     assert caught.value.reason == reason
@@ -233,17 +235,17 @@ def test_an_error_is_one_sentence_with_its_command() -> None:
 
 
 def test_the_token_goes_in_a_header_and_nowhere_else(
-    server: Api, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    served: Api, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "")
-    client = Client(server.url, TOKEN)
+    client = Client(served.url, TOKEN)
     client.create_agent("bot")
     client.start_run("bot", "x").wait()
     next(client.watch())
-    assert all(TOKEN not in uri and headers["Authorization"] == f"token {TOKEN}" for _, uri, headers in server.seen)
-    wrong = Client(server.url, "wrong-token")
+    assert all(TOKEN not in uri and headers["Authorization"] == f"token {TOKEN}" for _, uri, headers in served.seen)
+    wrong = Client(served.url, "wrong-token")
     for call in (wrong.workspace, lambda: next(wrong.watch())):
         with pytest.raises(AgentsError) as caught:
             call()
@@ -254,49 +256,49 @@ def test_the_token_goes_in_a_header_and_nowhere_else(
 # --- finding the server -----------------------------------------------------------------------------------------
 
 
-def test_the_kernels_own_server_is_found(home: Path, server: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_own_server_is_found(home: Path, served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as other:
         server_file(home, other, 99999999)
-        server_file(home, server, 12345678)
+        server_file(home, served, 12345678)
         (home / "JUPYTER_RUNTIME_DIR" / "jpserver-1.json").write_text("{")
         monkeypatch.setenv("JPY_PARENT_PID", "12345678")
-        assert Client.discover().url == server.url
+        assert Client.discover().url == served.url
         assert other.seen == []
 
 
-def test_a_terminals_own_server_is_found(home: Path, server: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    server_file(home, server, 12345678)
-    monkeypatch.setenv("JUPYTER_SERVER_URL", server.url)
-    assert Client.discover().url == server.url
+def test_a_terminals_own_server_is_found(home: Path, served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    server_file(home, served, 12345678)
+    monkeypatch.setenv("JUPYTER_SERVER_URL", served.url)
+    assert Client.discover().url == served.url
 
 
 def test_a_server_on_all_addresses_is_reached_on_loopback(
-    home: Path, server: Api, monkeypatch: pytest.MonkeyPatch
+    home: Path, served: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = int(server.url.split(":")[2].split("/")[0])
-    server_file(home, server, 12345678, url="http://no-such-host/", hostname="0.0.0.0", port=port, base_url="/base/")
+    port = int(served.url.split(":")[2].split("/")[0])
+    server_file(home, served, 12345678, url="http://no-such-host/", hostname="0.0.0.0", port=port, base_url="/base/")
     monkeypatch.setenv("JPY_PARENT_PID", "12345678")
-    assert Client.discover().url == server.url
+    assert Client.discover().url == served.url
 
 
 def test_a_password_servers_kernel_has_the_token_in_its_environment(
-    home: Path, server: Api, monkeypatch: pytest.MonkeyPatch
+    home: Path, served: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server_file(home, server, 12345678, token="", password=True)
+    server_file(home, served, 12345678, token="", password=True)
     monkeypatch.setenv("JPY_PARENT_PID", "12345678")
     with pytest.raises(AgentsError, match="doesn't accept this kernel's token"):
         Client.discover()
     monkeypatch.setenv("JUPYTER_AGENTS_TOKEN", TOKEN)
-    assert Client.discover().url == server.url
+    assert Client.discover().url == served.url
 
 
-def test_the_command_line_takes_any_server_that_has_the_extension(home: Path, server: Api) -> None:
+def test_the_command_line_takes_any_server_that_has_the_extension(home: Path, served: Api) -> None:
     with serving() as other:
         other.refuse = 404, "<html>"
-        server_file(home, server, 12345678)
+        server_file(home, served, 12345678)
         time.sleep(0.02)
         server_file(home, other, 99999999)  # the newest is asked first
-        assert Client.discover(any_server=True).url == server.url
+        assert Client.discover(any_server=True).url == served.url
         assert any(method == "GET" for method, _, _ in other.seen)
 
 
@@ -364,7 +366,6 @@ SERVERS = {
 
 @pytest.mark.parametrize("kind", SERVERS)
 def test_a_kernel_finds_its_own_server_and_may_use_it(home: Path, kind: str) -> None:
-    from jupyter_client.blocking import BlockingKernelClient
     from jupyter_server.auth import passwd
 
     options = [option.replace("argon2:x", passwd("pw")) for option in SERVERS[kind]]
@@ -375,12 +376,7 @@ def test_a_kernel_finds_its_own_server_and_may_use_it(home: Path, kind: str) -> 
         info_file = home / "JUPYTER_RUNTIME_DIR" / f"jpserver-{server.pid}.json"
         info = wait_for_server(info_file)
         connection = start_kernel(info, password="pw" if kind == "password" else "")
-        kernel = BlockingKernelClient()
-        kernel.load_connection_file(str(home / "JUPYTER_RUNTIME_DIR" / f"kernel-{connection}.json"))
-        kernel.start_channels()
-        kernel.execute(ASK, user_expressions={"told": "told"})
-        reply = kernel.get_shell_msg(timeout=60)["content"]
-        kernel.stop_channels()
+        reply = asyncio.run(ask(home / "JUPYTER_RUNTIME_DIR" / f"kernel-{connection}.json"))
         assert reply["status"] == "ok", reply
         url, *told = ast.literal_eval(reply["user_expressions"]["told"]["data"]["text/plain"])
         assert f":{info['port']}/" in url
@@ -389,6 +385,18 @@ def test_a_kernel_finds_its_own_server_and_may_use_it(home: Path, kind: str) -> 
         server.send_signal(signal.SIGTERM)
         log = server.communicate(timeout=20)[1]
     assert "Traceback" not in log
+
+
+async def ask(connection: Path) -> Any:
+    """What a kernel replies to ASK."""
+    kernel = AsyncKernelClient()
+    kernel.load_connection_file(str(connection))
+    kernel.start_channels()
+    try:
+        kernel.execute(ASK, user_expressions={"told": "told"})
+        return (await kernel.get_shell_msg(timeout=60))["content"]
+    finally:
+        kernel.stop_channels()
 
 
 def wait_for_server(info_file: Path, seconds: float = 30) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from jupyter_agents import contract, handlers
 from jupyter_server.auth import Authorizer
 from jupyter_server.auth.decorator import authorized, ws_authenticated
 from tornado import web
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, websocket_connect
+
+from jupyter_agents import contract, handlers
 
 EXAMPLES = {"{agent}": "demo", "{run}": "20260101-000000-00000000", "{path}": "a.txt"}
 VERBS = ("get", "head", "post", "put", "patch", "delete")
@@ -126,7 +127,7 @@ async def test_unauthenticated_requests_are_refused(
         )
         assert response.code in (401, 403), (verb, path, response.code)
         assert set(json.loads(response.body)) == {"message", "reason"}
-    assert list(jp_serverapp.extension_manager.extension_apps["jupyter_agents"])[0].workspaces._workspaces == {}
+    assert next(iter(jp_serverapp.extension_manager.extension_apps["jupyter_agents"])).workspaces._workspaces == {}
 
 
 async def test_unauthenticated_websocket_is_refused(jp_ws_fetch: Any) -> None:
@@ -136,7 +137,9 @@ async def test_unauthenticated_websocket_is_refused(jp_ws_fetch: Any) -> None:
         assert refused.value.code == 403
 
 
-async def test_long_uploads_are_refused_before_their_body_comes(jp_fetch: Any, jp_base_url: str, jp_http_port: int) -> None:
+async def test_long_uploads_are_refused_before_their_body_comes(
+    jp_fetch: Any, jp_base_url: str, jp_http_port: int
+) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", jp_http_port)
     writer.write(
         f"PUT {jp_base_url}jupyter-agents/agents/demo/files/x HTTP/1.1\r\n"

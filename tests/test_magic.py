@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from api_server import TOKEN, Api, calls, says, server_file
 from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
+from jupyter_client import AsyncKernelManager
 
 from jupyter_agents import magic
 from jupyter_agents.client import AgentsError, Client, RunHandle
@@ -27,10 +29,10 @@ VERBS = ("create", "list", "rm", "status", "runs", "log", "stop", "env", "files"
 
 
 @pytest.fixture
-def shell(server: Api, home: Path) -> Iterator[InteractiveShell]:
+def shell(served: Api, home: Path) -> Iterator[InteractiveShell]:
     """A terminal's IPython that has the extension loaded and finds the server."""
     os.environ["JPY_PARENT_PID"] = "12345678"
-    server_file(home, server, 12345678)
+    server_file(home, served, 12345678)
     made = InteractiveShell.instance()
     made.run_line_magic("load_ext", "jupyter_agents")
     yield made
@@ -91,7 +93,7 @@ def test_help(shell: InteractiveShell, capsys: Told) -> None:
     assert "--max-turns N" in capsys.readouterr().out
 
 
-def test_a_day_with_an_agent(shell: InteractiveShell, server: Api, capsys: Told, tmp_path: Path) -> None:
+def test_a_day_with_an_agent(shell: InteractiveShell, served: Api, capsys: Told, tmp_path: Path) -> None:
     def says_of(line: str) -> str:
         capsys.readouterr()
         assert run(shell, line).success
@@ -107,7 +109,7 @@ def test_a_day_with_an_agent(shell: InteractiveShell, server: Api, capsys: Told,
     shell.user_ns["where"] = str(tmp_path / "copy.csv")
     assert says_of("%agent get bot 'in/my data.csv' {where}") == f"Saved as {tmp_path}/copy.csv"
     assert (tmp_path / "copy.csv").read_text() == "1,2"
-    server.script = lambda run: server.add(run, *says("Hello"), *calls("Bash", {"command": "ls -l"}))
+    served.script = lambda run: served.add(run, *says("Hello"), *calls("Bash", {"command": "ls -l"}))
     assert run(shell, "%%agent bot -b\ngreet").result.status == "running"
     assert re.search(
         r"memory +312 MB of 1 GB\n.*1 of 10\n.*1 of 3\n  bot +2025\S+  running for", says_of("%agent status")
@@ -118,33 +120,32 @@ def test_a_day_with_an_agent(shell: InteractiveShell, server: Api, capsys: Told,
     assert says_of("%agent log 20250101-000000-00000000").startswith("Hello\n")
     assert says_of("%agent runs bot").startswith("20250101-000000-00000000  bot  ✗ cancelled")
     assert says_of("%agent diff bot") == "The last run changed nothing."
-    server.diff = "--- a/x\n+++ b/x\n\x1b[31m-red\n"
+    served.diff = "--- a/x\n+++ b/x\n\x1b[31m-red\n"
     assert says_of("%agent diff bot") == "--- a/x\n+++ b/x\n-red"
     assert says_of("%agent rm bot") == "Agent bot and its files are removed."
 
 
 def test_values_of_variables_are_taken_to_the_letter(
-    shell: InteractiveShell, server: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch
+    shell: InteractiveShell, served: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(shell, "%agent create bot")
     shell.user_ns["x"] = "expanded"
     run(shell, """%agent env bot A={x} B='$x $$ {"y": 1}' C=a=b""")
-    assert server.env["bot"] == {"A": "{x}", "B": '$x $$ {"y": 1}', "C": "a=b"}
+    assert served.env["bot"] == {"A": "{x}", "B": '$x $$ {"y": 1}', "C": "a=b"}
     monkeypatch.setattr("getpass.getpass", lambda prompt: f"asked for {prompt}")
-    monkeypatch.setattr("jupyter_agents.cli._can_ask", lambda: True)
     capsys.readouterr()
     run(shell, "%agent env bot KEY -u A -u B")
-    assert server.env["bot"] == {"C": "a=b", "KEY": "asked for KEY: "}
+    assert served.env["bot"] == {"C": "a=b", "KEY": "asked for KEY: "}
     assert capsys.readouterr().out == "C\nKEY\n"
 
 
-def test_mistakes_on_the_line(shell: InteractiveShell, server: Api, capsys: Told) -> None:
+def test_mistakes_on_the_line(shell: InteractiveShell, served: Api, capsys: Told) -> None:
     assert "Unrecognized arguments: --colour" in refused(shell, "%agent list --colour", capsys)
     assert "`%agent create --help`" in refused(shell, "%agent create", capsys)
     assert "write %%agent bot with the prompt below it" in refused(shell, "%agent bot do this", capsys)
     assert "No closing quotation in" in refused(shell, "%agent create 'x", capsys)
     assert "There is no agent nobody" in refused(shell, "%agent files nobody", capsys)
-    assert "no file" in refused(shell, "%agent get nobody x", capsys) or server.agents == {}
+    assert "no file" in refused(shell, "%agent get nobody x", capsys) or served.agents == {}
     assert "/no/such: No such file" in refused(shell, "%agent put bot /no/such", capsys)
     assert "is no name for an agent" in refused(shell, "%agent create ../x", capsys)
     run(shell, "%agent create bot")
@@ -155,14 +156,14 @@ def test_mistakes_on_the_line(shell: InteractiveShell, server: Api, capsys: Told
 # --- %%agent ----------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_in_a_terminal(shell: InteractiveShell, server: Api, capsys: Told) -> None:
+def test_a_prompt_in_a_terminal(shell: InteractiveShell, served: Api, capsys: Told) -> None:
     def script(run: str) -> None:
-        server.add(run, *says("I look: **\x1b[31mnow**"), *calls("Bash", {"command": "ls\nx"}, "out"), *says("Done."))
-        server.end(run)
+        served.add(run, *says("I look: **\x1b[31mnow**"), *calls("Bash", {"command": "ls\nx"}, "out"), *says("Done."))
+        served.end(run)
 
-    server.script = script
+    served.script = script
     result = run(shell, "%%agent bot -o answer\nPrint {braces} and $dollars and %percent\n  kept\n")
-    assert server.requests == [{"prompt": "Print {braces} and $dollars and %percent\n  kept"}]
+    assert served.requests == [{"prompt": "Print {braces} and $dollars and %percent\n  kept"}]
     assert capsys.readouterr().out.startswith(
         "I look: **now**\n● Bash ls x\nDone.\n✓ succeeded in 1.5 s · 2 turns · $0.0123 · 1,234 tokens in, 56 out\n"
     )
@@ -171,14 +172,14 @@ def test_a_prompt_in_a_terminal(shell: InteractiveShell, server: Api, capsys: To
     assert result.result.text == "Done."
 
 
-def test_options_become_a_request(shell: InteractiveShell, server: Api) -> None:
+def test_options_become_a_request(shell: InteractiveShell, served: Api) -> None:
     run(shell, "%agent create bot")
     shell.user_ns["which"] = "opus"
     run(
         shell,
         "%%agent -n bot -m {which} --max-turns 3 --max-budget 0.5 --timeout 60 --permission-mode plan\n-n is text too",
     )
-    assert server.requests == [
+    assert served.requests == [
         {
             "prompt": "-n is text too",
             "continue": False,
@@ -207,19 +208,19 @@ def test_options_become_a_request(shell: InteractiveShell, server: Api) -> None:
         ("%%agent Bot\nx", "is no name for an agent"),
     ],
 )
-def test_mistakes_in_a_cell(shell: InteractiveShell, server: Api, capsys: Told, cell: str, sentence: str) -> None:
+def test_mistakes_in_a_cell(shell: InteractiveShell, served: Api, capsys: Told, cell: str, sentence: str) -> None:
     assert sentence in refused(shell, cell, capsys)
-    assert server.requests == []
+    assert served.requests == []
 
 
-def test_a_run_that_failed_fails_the_cell(shell: InteractiveShell, server: Api, capsys: Told) -> None:
-    server.script = lambda run: server.end(run, "failed", "Invalid API key; set another one.")
+def test_a_run_that_failed_fails_the_cell(shell: InteractiveShell, served: Api, capsys: Told) -> None:
+    served.script = lambda run: served.end(run, "failed", "Invalid API key; set another one.")
     assert refused(shell, "%%agent bot -o it\nx", capsys) == "Invalid API key; set another one."
     assert shell.user_ns["it"].status == "failed"
 
 
-def test_a_busy_agent(shell: InteractiveShell, server: Api, capsys: Told) -> None:
-    server.script = lambda run: None
+def test_a_busy_agent(shell: InteractiveShell, served: Api, capsys: Told) -> None:
+    served.script = lambda run: None
     handle = run(shell, "%%agent bot -b\nx").result
     assert "busy" in refused(shell, "%%agent bot\ny", capsys)
     assert handle.cancel().status == "cancelled"
@@ -237,17 +238,17 @@ def interrupt_when(true: Any) -> threading.Thread:
     return thread
 
 
-def test_an_interrupt_cancels_the_run(shell: InteractiveShell, server: Api, capsys: Told) -> None:
-    server.script = lambda run: server.add(run, *says("Working"))
-    thread = interrupt_when(lambda: server.sockets)
+def test_an_interrupt_cancels_the_run(shell: InteractiveShell, served: Api, capsys: Told) -> None:
+    served.script = lambda run: served.add(run, *says("Working"))
+    thread = interrupt_when(lambda: served.sockets)
     assert refused(shell, "%%agent bot\nx", capsys) == "The run was cancelled."
     thread.join()
-    [info] = server.runs.values()
+    [info] = served.runs.values()
     assert info["state"] == "cancelled"
 
 
 def test_an_interrupt_while_a_run_is_being_started_cancels_it(
-    shell: InteractiveShell, server: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch
+    shell: InteractiveShell, served: Api, capsys: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = Client.start_run
 
@@ -256,22 +257,22 @@ def test_an_interrupt_while_a_run_is_being_started_cancels_it(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Client, "start_run", start_and_be_interrupted)
-    server.script = lambda run: None
+    served.script = lambda run: None
     assert refused(shell, "%%agent bot\nx", capsys) == "Interrupted."
-    [info] = server.runs.values()
+    [info] = served.runs.values()
     assert info["state"] == "cancelled"
 
 
-def test_variables_are_given_as_files(shell: InteractiveShell, server: Api, tmp_path: Path) -> None:
+def test_variables_are_given_as_files(shell: InteractiveShell, served: Api, tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("# R")
     shell.user_ns.update(text="a\nü", table=[{"a": 1}], report=tmp_path / "report.md")
     run(shell, "%%agent bot -i text -i table -i report\nSum {table} up")
-    assert server.files["bot"] == {
+    assert served.files["bot"] == {
         "inputs/text.txt": "a\nü".encode(),
         "inputs/table.json": b'[\n {\n  "a": 1\n }\n]',
         "inputs/report.md": b"# R",
     }
-    assert server.requests[0]["prompt"] == (
+    assert served.requests[0]["prompt"] == (
         "Sum {table} up\n\nThese files, relative to your working directory, hold what the user gave you:\n"
         "- inputs/text.txt: `text`, a text\n- inputs/table.json: `table`, as JSON\n"
         "- inputs/report.md: the file `report`"
@@ -354,9 +355,9 @@ def completions(shell: InteractiveShell, text: str) -> set[str]:
         return {completion.text for completion in shell.Completer.completions(text, len(text))}
 
 
-def test_completion_starts_no_server(shell: InteractiveShell, server: Api) -> None:
+def test_completion_starts_no_server(shell: InteractiveShell, served: Api) -> None:
     assert "--help" in completions(shell, "%agent rm ")
-    assert server.seen == []
+    assert served.seen == []
 
 
 # --- the cell's output ------------------------------------------------------------------------------------------
@@ -452,20 +453,20 @@ def execute(home: Path, *cells: str) -> Any:
     from nbclient import NotebookClient
 
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    return NotebookClient(notebook, timeout=60, allow_errors=True).execute()
+    return asyncio.run(NotebookClient(notebook, timeout=60, allow_errors=True).async_execute())
 
 
-def test_a_notebook(server: Api, home: Path) -> None:
+def test_a_notebook(served: Api, home: Path) -> None:
     def script(run: str) -> None:
-        if "fail" in server.runs[run]["prompt"]:
-            server.end(run, "failed", "It <failed>.")
+        if "fail" in served.runs[run]["prompt"]:
+            served.end(run, "failed", "It <failed>.")
             return
-        server.add(run, *says("Look <script>x</script> at `a<b`:\n```python\n1 < 2\n```"))
-        server.add(run, *calls("Bash", {"command": "ls"}, "<out>\n\nput"))
-        server.end(run)
+        served.add(run, *says("Look <script>x</script> at `a<b`:\n```python\n1 < 2\n```"))
+        served.add(run, *calls("Bash", {"command": "ls"}, "<out>\n\nput"))
+        served.end(run)
 
-    server.script = script
-    server_file(home, server, os.getpid())
+    served.script = script
+    server_file(home, served, os.getpid())
     notebook = execute(
         home,
         "%load_ext jupyter_agents",
@@ -484,7 +485,7 @@ def test_a_notebook(server: Api, home: Path) -> None:
         "Look &lt;script>x&lt;/script> at <code>a&#60;b</code>:\n\n```python\n"
     )
     assert page.data["text/markdown"].endswith("&#60;out&#62;&#10;&#10;put</pre></details>")
-    assert result.data["text/plain"].startswith("<run 20250101-000000-00000000 of bot: ✓ succeeded")
+    assert result.data["text/plain"] == "<run 20250101-000000-00000000 of bot: succeeded>"
     assert text[0].data["text/plain"] == "'Done.'"
     error = failing[-1]
     assert (error.ename, error.evalue, error.traceback) == ("AgentsError", "It <failed>.", ["It <failed>."])
@@ -493,11 +494,11 @@ def test_a_notebook(server: Api, home: Path) -> None:
     assert TOKEN not in nbformat.writes(notebook)
 
 
-def test_a_notebook_is_readable_in_other_forms(server: Api, home: Path) -> None:
+def test_a_notebook_is_readable_in_other_forms(served: Api, home: Path) -> None:
     from nbconvert import HTMLExporter, MarkdownExporter
 
-    server.script = lambda run: (server.add(run, *says("**Bold** <img src=x onerror=alert(1)>")), server.end(run))[0]
-    server_file(home, server, os.getpid())
+    served.script = lambda run: (served.add(run, *says("**Bold** <img src=x onerror=alert(1)>")), served.end(run))[0]
+    server_file(home, served, os.getpid())
     notebook = execute(home, "%load_ext jupyter_agents", "%%agent bot\ngo")
     html, _ = HTMLExporter().from_notebook_node(notebook)
     assert "<strong>Bold</strong> &lt;img src=x onerror=alert(1)&gt;" in html
@@ -505,36 +506,35 @@ def test_a_notebook_is_readable_in_other_forms(server: Api, home: Path) -> None:
     assert "**Bold** &lt;img" in markdown
 
 
-def test_interrupting_the_kernel_cancels_the_run(server: Api, home: Path) -> None:
-    from jupyter_client import KernelManager
-
-    server.script = lambda run: server.add(run, *says("Working"))
-    server_file(home, server, os.getpid())
-    manager = KernelManager()
-    manager.start_kernel()
-    kernel = manager.blocking_client()
-    kernel.start_channels()
-    try:
-        kernel.wait_for_ready(timeout=30)
-        kernel.execute_interactive("%load_ext jupyter_agents", timeout=30)
-        messages: list[dict[str, Any]] = []
-
-        def interrupt() -> None:
-            while not server.sockets:
-                time.sleep(0.05)
-            time.sleep(0.5)
-            manager.interrupt_kernel()
-
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        reply = kernel.execute_interactive("%%agent bot\nwork", timeout=30, output_hook=messages.append)
-        thread.join()
-    finally:
-        kernel.stop_channels()
-        manager.shutdown_kernel(now=True)
+def test_interrupting_the_kernel_cancels_the_run(served: Api, home: Path) -> None:
+    served.script = lambda run: served.add(run, *says("Working"))
+    server_file(home, served, os.getpid())
+    reply, messages = asyncio.run(interrupt(served))
     assert reply["content"]["evalue"] == "The run was cancelled."
     shown = [m["content"]["data"]["text/plain"] for m in messages if "data" in m["content"]]
     assert any(text.startswith("bot: ✗ cancelled") for text in shown)
     assert "Working" in shown
     assert [m["content"]["traceback"] for m in messages if m["msg_type"] == "error"] == [["The run was cancelled."]]
-    assert next(iter(server.runs.values()))["state"] == "cancelled"
+    assert next(iter(served.runs.values()))["state"] == "cancelled"
+
+
+async def interrupt(served: Api) -> tuple[Any, list[dict[str, Any]]]:
+    """A kernel's reply and messages for a cell that is interrupted while its run goes on."""
+    manager = AsyncKernelManager()
+    await manager.start_kernel()
+    kernel = manager.client()
+    kernel.start_channels()
+    try:
+        await kernel.wait_for_ready(timeout=60)
+        await kernel.execute_interactive("%load_ext jupyter_agents", timeout=60)
+        messages: list[dict[str, Any]] = []
+        cell = kernel.execute_interactive("%%agent bot\nwork", timeout=60, output_hook=messages.append)
+        running = asyncio.ensure_future(cell)
+        while not served.sockets:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        await manager.interrupt_kernel()
+        return await running, messages
+    finally:
+        kernel.stop_channels()
+        await manager.shutdown_kernel(now=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -181,7 +182,7 @@ async def test_log_of_ten_thousand_events_while_it_grows(user: str) -> None:
 
 @pytest.fixture(scope="module")
 def shell_image(docker_api: docker.APIClient) -> Iterator[str]:
-    tag = "jupyter-agents-test:shell"
+    tag = f"jupyter-agents-test:{secrets.token_hex(4)}"
     derived_image(docker_api, tag, {"/usr/local/bin/claude": b"#!/bin/sh\nexec sh\n"})
     yield tag
     docker_api.remove_image(tag)
@@ -211,29 +212,28 @@ async def test_strange_output(user: str, shell_image: str) -> None:
     assert (run.state, text(run)) == ("succeeded", "fine")
 
 
-@pytest.mark.parametrize(
-    ("script", "state", "told"),
-    [
-        ("exit 0", "failed", "without a result"),
-        ("echo 'error: unknown option' >&2; exit 1", "failed", "code 1: error: unknown option"),
-        (f"echo '{RESULT}'; exec sleep 300", "succeeded", ""),
-        (f"echo '{RESULT}'; trap '' TERM; while :; do sleep 300; done", "succeeded", ""),
-        (f"echo '{RESULT}'; kill -STOP $$; sleep 300", "succeeded", ""),
-        (f"(sleep 1; setsid sleep 300) & echo '{RESULT}'", "succeeded", ""),
-        ("trap '' TERM; while :; do echo on; sleep 0.1; done", "timed_out", "timeout"),
-        ("kill -9 $$", "failed", "code 137"),
-    ],
-    ids=["silent", "stderr", "lingers", "lingers-trapped", "lingers-stopped", "child", "trapped", "killed"],
-)
-async def test_odd_ends(
-    user: str, docker_api: docker.APIClient, shell_image: str, script: str, state: str, told: str
-) -> None:
-    async with serving(user, docker={"image": shell_image}, run_linger=1) as workspace:
-        run = await finish(workspace, "a", script, timeout=4)
-        await nothing_left(docker_api, workspace, "a")
-    assert run.state == state
-    assert told in (run.error or {"message": ""})["message"]
-    assert run.ended - run.started < 10
+async def test_odd_ends(user: str, docker_api: docker.APIClient, shell_image: str) -> None:
+    said = f"echo '{RESULT}'"
+    cases = {
+        "silent": ("exit 0", "failed", "without a result"),
+        "stderr": ("echo 'error: unknown option' >&2; exit 1", "failed", "code 1: error: unknown option"),
+        "killed": ("kill -9 $$", "failed", "code 137"),
+        "child": (f"(sleep 1; setsid sleep 300) & {said}", "succeeded", ""),
+        "lingers": (f"{said}; exec sleep 300", "succeeded", ""),
+        "lingers-deaf": (f"{said}; trap '' TERM; while :; do sleep 300; done", "succeeded", ""),
+        "lingers-stopped": (f"{said}; kill -STOP $$; sleep 300", "succeeded", ""),
+        "deaf": ("trap '' TERM; while :; do echo on; sleep 0.1; done", "timed_out", "timeout"),
+    }
+    async with serving(user, docker={"image": shell_image}, run_linger=1, max_runs=len(cases)) as workspace:
+        for name in cases:
+            await workspace.create_agent(name)
+        runs = await asyncio.gather(*(finish(workspace, n, script, timeout=5) for n, (script, _, _) in cases.items()))
+        for run in runs:
+            _, state, told = cases[run.agent]
+            assert (run.agent, run.state) == (run.agent, state)
+            assert told in (run.error or {"message": ""})["message"]
+            assert run.ended - run.started < 12
+            await nothing_left(docker_api, workspace, run.agent)
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -378,24 +378,25 @@ async def test_container_removed_in_the_middle(user: str, docker_api: docker.API
         assert workspace.run(run.id).state == "lost"
 
 
-async def test_everything_of_the_agent_killed(user: str) -> None:
-    async with serving(user) as workspace:
-        run = await finish(workspace, "a", "[[run sleep 1; kill -9 -1]]")
-        assert (run.state, run.error and run.error["reason"]) == ("lost", "run_killed")
-        assert (await finish(workspace, "a", "[[say hi]]")).state == "succeeded"
-
-
-async def test_log_taken_away(user: str) -> None:
-    """An agent can do this to its own runs only, and they still end."""
-    async with serving(user) as workspace:
-        run = await finish(workspace, "a", "[[run rm -rf ~/../runs]]")
-        assert not run.active
-        assert (await finish(workspace, "a", "[[say hi]]")).state == "succeeded"
+async def test_what_an_agent_can_do_to_its_own_run(user: str) -> None:
+    async with serving(user, cleanup_grace=4) as workspace:
+        for name in "abc":
+            await workspace.create_agent(name)
+        killed, log_gone, forged = await asyncio.gather(
+            finish(workspace, "a", "[[run sleep 1; kill -9 -1]]"),
+            finish(workspace, "b", "[[run 'rm -r ~/../runs; echo gone']]"),
+            finish(workspace, "c", "[[run 'echo {} > ~/../runs/*/record; chmod 0 ~/../runs; echo forged']]"),
+        )
+        assert (killed.state, killed.error and killed.error["reason"]) == ("lost", "run_killed")
+        assert not log_gone.active
+        assert not forged.active
+        again = await asyncio.gather(*(finish(workspace, name, "[[say hi]]") for name in "ab"))
+        assert [run.state for run in again] == ["succeeded", "succeeded"]
 
 
 # --- what a run changed -------------------------------------------------------------------------------------------------
 
-CHANGES = r"""[[run 'sleep 2; echo new > added.txt; echo more >> changed.txt; rm deleted.txt; mv moved.txt to.txt;
+CHANGES = r"""[[run 'sleep 1; echo new > added.txt; echo more >> changed.txt; rm deleted.txt; mv moved.txt to.txt;
 head -c 100 /dev/zero > data.bin; printf x > "$(printf "line\nbreak")"; ln -s /etc/passwd link;
 git init -q nested; cd nested; echo inner > inner.txt; git add .; git -c user.name=a -c user.email=a@b commit -qm m;
 cd ..; git init -q; echo X=changed-secret >> .env; mkdir -p node_modules/x; echo y > node_modules/x/y; echo done']]"""
@@ -435,7 +436,7 @@ async def test_diff_after_a_snapshot_was_killed(user: str, docker_api: docker.AP
         lock = "/workspace/agent-a/.agent/baseline/index.lock"
         uid = str(workspace.agents["a"].uid)
         output(docker_api, workspace.container.id, "touch", lock, user=uid)
-        await finish(workspace, "a", "[[sleep 1]] [[write new.txt new]]")
+        await finish(workspace, "a", "[[sleep 4]] [[write new.txt new]]")
         first, second = await asyncio.gather(workspace.diff("a"), workspace.diff("a"))
     assert "+++ b/new.txt" in first
     assert "old.txt" not in first

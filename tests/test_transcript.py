@@ -65,7 +65,7 @@ def test_what_a_model_writes_cannot_act(text: str, part: str) -> None:
         setattr(item, part, text)
     rendered = html(f"before\n\n{item_markdown(item)}\n\nafter **bold**")
     tags = set(re.findall(r"<(\w+)", rendered))
-    assert tags <= {"p", "code", "pre", "a", "div", "span", "strong", "blockquote", "details", "summary", "b"}
+    assert tags <= {"p", "code", "pre", "a", "div", "span", "strong", "blockquote", "details", "summary", "b", "small"}
     assert not re.search(r'(href|src)="(?!https?:|#)', rendered)
     assert "<img" not in rendered
     assert "after <strong>bold</strong>" in rendered

@@ -21,7 +21,6 @@ import websocket
 from helpers import (
     IMAGE,
     containers,
-    derived_image,
     end_of,
     eventually,
     finish,
@@ -36,7 +35,7 @@ from helpers import (
 )
 from jupyter_agents.docker_engine import DEPLOYMENT_LABEL, LABEL, DockerEngine
 from jupyter_agents.engine import Limits
-from jupyter_agents.errors import DiskFull, Unavailable
+from jupyter_agents.errors import Conflict, DiskFull, Unavailable
 from jupyter_agents.workspace import Workspace
 from jupyter_agents.workspaces import Workspaces
 from traitlets.config import Config
@@ -205,75 +204,67 @@ async def test_made_but_never_started(user: str, docker_api: docker.APIClient) -
         assert len(containers(docker_api, user)) == 1
 
 
-async def test_new_image(user: str, docker_api: docker.APIClient) -> None:
-    tag = "jupyter-agents-test:versions"
-    derived_image(docker_api, tag, {"/version": b"1"})
-    try:
-        async with serving(user, docker={"image": tag}) as workspace:
-            await workspace.create_agent("a")
-            run = await workspace.start_run("a", {"prompt": "[[write kept.txt kept]] [[slow 20 0.5]]"})
-            assert workspace.container
-            first = workspace.container.id
-            await seen(workspace, run, "kept.txt")
-            derived_image(docker_api, tag, {"/version": b"2"})
-            async with serving(user, docker={"image": tag}) as second:
-                assert (await second.connect()).id == first  # for the run's sake
-                assert second.run(run.id).active
-            await workspace.cancel(run.id)
-            async with serving(user, docker={"image": tag}) as second:
-                container = await second.connect()
-                assert container.id != first
-                assert output(docker_api, container.id, "cat", "/version") == "2"
-                assert "kept.txt" in await listing(second, "a")
-    finally:
-        for container in containers(docker_api, user):
-            docker_api.remove_container(container["Id"], force=True)
-        docker_api.remove_image(tag, force=True)
+@pytest.fixture
+def tag(user: str, docker_api: docker.APIClient) -> Iterator[str]:
+    """The name of an image that a test makes."""
+    tag = f"jupyter-agents-test:{user}"
+    yield tag
+    for container in containers(docker_api, user):
+        docker_api.remove_container(container["Id"], force=True)
+    docker_api.remove_image(tag, force=True)
 
 
-async def test_image_of_ones_own(user: str, docker_api: docker.APIClient) -> None:
+def changed_image(api: docker.APIClient, tag: str, script: str) -> None:
+    """Tag what a shell script, run as root, makes of the workspace image."""
+    made = api.create_container(IMAGE, ["sh", "-c", script], user="0", entrypoint=[])["Id"]
+    api.start(made)
+    api.wait(made)
+    name, _, version = tag.partition(":")
+    api.commit(made, name, version, changes=["LABEL jupyter-agents.agentctl=", "WORKDIR /"])
+    api.remove_container(made)
+
+
+async def test_new_image(user: str, tag: str, docker_api: docker.APIClient) -> None:
+    changed_image(docker_api, tag, "echo 1 > /version")
+    async with serving(user, docker={"image": tag}) as workspace:
+        await workspace.create_agent("a")
+        run = await workspace.start_run("a", {"prompt": "[[write kept.txt kept]] [[slow 20 0.5]]"})
+        assert workspace.container
+        first = workspace.container.id
+        await seen(workspace, run, "kept.txt")
+        changed_image(docker_api, tag, "echo 2 > /version")
+        async with serving(user, docker={"image": tag}) as second:
+            assert (await second.connect()).id == first  # for the run's sake
+            assert second.run(run.id).active
+        await workspace.cancel(run.id)
+        async with serving(user, docker={"image": tag}) as second:
+            container = await second.connect()
+            assert container.id != first
+            assert output(docker_api, container.id, "cat", "/version") == "2\n"
+            assert "kept.txt" in await listing(second, "a")
+
+
+async def test_image_of_ones_own(user: str, tag: str, docker_api: docker.APIClient) -> None:
     """No git, Python, ripgrep, user or supervisor in it: a shell, coreutils and claude will do."""
-    tag = "jupyter-agents-test:bare"
-    tools = "git python3 python3.11 rg awk.none"
-    script = f"cd /usr/bin && rm -f {tools}; rm -rf /opt/jupyter-agents /workspace; userdel -r claude"
-    made = docker_api.create_container(IMAGE, ["sh", "-c", script], user="0", entrypoint=[])["Id"]
-    docker_api.start(made)
-    docker_api.wait(made)
-    docker_api.commit(made, *tag.split(":"), changes=["LABEL jupyter-agents.agentctl=", "WORKDIR /"])
-    docker_api.remove_container(made)
-    try:
-        async with serving(user, docker={"image": tag}) as workspace:
-            run = await finish(workspace, "a", "[[run command -v git python3 rg; echo worked]] [[write x.txt x]]")
-            told = json.dumps(await log(workspace, run))
-            assert r"worked\"" in told or "worked" in told
-            assert run.state == "succeeded"
-            assert "x.txt" in await listing(workspace, "a")
-            with pytest.raises(Exception, match="has no git"):
-                await workspace.diff("a")
-    finally:
-        for container in containers(docker_api, user):
-            docker_api.remove_container(container["Id"], force=True)
-        docker_api.remove_image(tag)
+    script = "cd /usr/bin; rm -f git python3* rg; rm -rf /opt/jupyter-agents /workspace; userdel -r claude"
+    changed_image(docker_api, tag, script)
+    async with serving(user, docker={"image": tag}) as workspace:
+        run = await finish(workspace, "a", "[[write x.txt x]] [[run command -v git python3 rg; echo worked]]")
+        assert "worked" in text(run)
+        assert "/usr/bin" not in text(run)
+        assert "x.txt" in await listing(workspace, "a")
+        with pytest.raises(Conflict, match="has no git"):
+            await workspace.diff("a")
 
 
-async def test_image_without_claude(user: str, docker_api: docker.APIClient) -> None:
-    tag = "jupyter-agents-test:no-claude"
-    made = docker_api.create_container(IMAGE, ["rm", "/usr/local/bin/claude"], user="0", entrypoint=[])["Id"]
-    docker_api.start(made)
-    docker_api.wait(made)
-    docker_api.commit(made, *tag.split(":"))
-    docker_api.remove_container(made)
-    try:
-        async with serving(user, docker={"image": tag}) as workspace:
-            await workspace.create_agent("a")
-            with pytest.raises(Unavailable, match="no `claude` command") as e:
-                await workspace.start_run("a", {"prompt": "hi"})
-            assert e.value.reason == "image_broken"
-            assert workspace.runs_of("a") == []
-    finally:
-        for container in containers(docker_api, user):
-            docker_api.remove_container(container["Id"], force=True)
-        docker_api.remove_image(tag)
+async def test_image_without_claude(user: str, tag: str, docker_api: docker.APIClient) -> None:
+    changed_image(docker_api, tag, "rm /usr/local/bin/claude")
+    async with serving(user, docker={"image": tag}) as workspace:
+        await workspace.create_agent("a")
+        with pytest.raises(Unavailable, match="no `claude` command") as e:
+            await workspace.start_run("a", {"prompt": "hi"})
+        assert e.value.reason == "image_broken"
+        assert workspace.runs_of("a") == []
 
 
 # --- how long it is kept ------------------------------------------------------------------------------------------------
@@ -505,6 +496,23 @@ async def test_disk_full(user: str, docker_api: docker.APIClient) -> None:
         assert workspace.active_runs == []
         await workspace.delete_file("a", "fill.bin")
         assert (await finish(workspace, "a", "[[say hi]]")).state == "succeeded"
+
+
+async def test_given_up_while_it_starts(user: str, docker_api: docker.APIClient) -> None:
+    """A process in the container doesn't wait for ever for somebody who has gone."""
+    async with serving(user) as workspace:
+        container = await workspace.connect()
+        starting = [asyncio.ensure_future(workspace.engine.exec(container, ["cat"], 1000)) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        for task in starting:
+            task.cancel()
+        answers = await asyncio.gather(*starting, return_exceptions=True)
+        assert sum(isinstance(answer, asyncio.CancelledError) for answer in answers) > 2
+        for answer in answers:
+            if not isinstance(answer, BaseException):
+                answer.close()
+        await asyncio.sleep(0.5)
+        await eventually(lambda: not processes(docker_api, container.id, 1000))
 
 
 class SlowForSome(DockerEngine):

@@ -57,6 +57,7 @@ class HubIdentity(IdentityProvider):
         self.access_scope = access_scope
         self.cache = TokenCache(hub_auth=hub_auth, parent=self)
         self.seen = seen
+        self._without_scope: set[str] = set()
 
     async def get_user(self, handler: web.RequestHandler) -> User | None:
         match = HubAuth.auth_header_pat.fullmatch(handler.request.headers.get("Authorization", ""))
@@ -66,12 +67,14 @@ class HubIdentity(IdentityProvider):
         if model.get("kind") != "user":
             raise web.HTTPError(403, "Only users have workspaces, this is a service's token.", reason="not_a_user")
         if not self.hub_auth.check_scopes({"access:services", self.access_scope}, model):
-            self.log.warning(
-                "A token of %s lacks the scope %s: grant it to the role `user` and to c.Spawner.server_token_scopes, "
-                "as jupyter_agents.hub.configure(c) does; servers started before need a restart.",
-                model["name"],
-                self.access_scope,
-            )
+            if model["name"] not in self._without_scope:
+                self._without_scope.add(model["name"])
+                self.log.warning(
+                    "A token of %s lacks the scope %s: grant it to the role `user` and c.Spawner.server_token_scopes, "
+                    "as jupyter_agents.hub.configure(c) does; servers started before need a restart.",
+                    model["name"],
+                    self.access_scope,
+                )
             raise web.HTTPError(
                 403,
                 f"Your token lacks the scope {self.access_scope}: restart your server, and tell your administrator "

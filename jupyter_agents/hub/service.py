@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
@@ -17,6 +18,7 @@ from jupyter_server.auth import AllowAllAuthorizer
 from jupyterhub.services.auth import HubOAuth
 from tornado import web
 from tornado.httpserver import HTTPServer
+from tornado.log import LogFormatter
 from traitlets import Bool, Dict, Enum, Float, Unicode, default
 
 from .. import handlers
@@ -31,7 +33,7 @@ from .identity import HubIdentity, TokenCache
 from .metrics import Metrics
 
 LIMITS = {"memory": "memory_bytes", "cpu": "cpu", "agents": "agents", "runs": "runs", "pids": "pids"}
-REFUSAL = 5  # seconds for which the answer on an administrator's credentials is believed
+ADMIN_SECONDS = 5  # for which the Hub's answer on an administrator's credentials is believed
 MAX_JSON = 16 * 2**20  # of a body that isn't a file
 
 
@@ -82,14 +84,11 @@ class HubWorkspaces(Workspaces):
 
     async def adopt(self) -> None:
         """Look after all containers that a former service has left, so that idle ones of absent users go too."""
+        await self.engine.check()
         for container in await self.engine.containers():
-            try:
-                if container.running:
-                    await self.get(container.user).connect()
-                else:
-                    await self.engine.remove(container.user)
-            except AgentsError as e:
-                self.log.warning("%s can't be adopted: %s", container.name, e)
+            if container.running and self.get(container.user).container is None:
+                self.log.info("Adopting %s", container.name)
+                await self.get(container.user).connect()
 
     async def forget(self, user: str, volume: bool) -> None:
         """The user is gone from the Hub: remove the container, and the volume too if told so."""
@@ -108,6 +107,16 @@ class AgentsHub(JupyterApp):
         "managed": ({"AgentsHub": {"managed": True}}, "End when the Hub that started it has ended."),
     }
 
+    _log_formatter_cls = LogFormatter  # type: ignore[assignment]
+
+    @default("log_format")
+    def _default_log_format(self) -> str:
+        return "%(color)s[%(levelname)1.1s %(asctime)s %(name)s]%(end_color)s %(message)s"
+
+    @default("log_level")
+    def _default_log_level(self) -> int:
+        return logging.INFO
+
     admin_scope = Unicode(ADMIN_SCOPE, help="Scope that lets one see, stop and delete all workspaces.").tag(config=True)
     report_activity = Bool(
         True, help="Count a running agent as activity of its user's servers, so that idle ones are not culled."
@@ -120,10 +129,10 @@ class AgentsHub(JupyterApp):
     )
     managed = Bool(False, help="End when the process that started it has ended.").tag(config=True)
 
-    service_name = Unicode(help="Name of the service in the Hub.")
-    url = Unicode(help="Where to listen.")
-    prefix = Unicode(help="Path prefix of the service.")
-    _trouble = Unicode(help="What was last logged of the Hub, not to log it once a minute.")
+    service_name = Unicode(help="Name of the service in the Hub.").tag(config=True)
+    url = Unicode(help="Where to listen. Default: what the Hub said, or http://127.0.0.1:10901.").tag(config=True)
+    prefix = Unicode(help="Path prefix of the service. Default: what the Hub said.").tag(config=True)
+    _troubles = Dict(help="What was last logged of Hub and engine, not to log it once a minute.")
     _users = Dict(help="The Hub's users as they were last seen.")
 
     @default("service_name")
@@ -136,10 +145,13 @@ class AgentsHub(JupyterApp):
 
     @default("prefix")
     def _default_prefix(self) -> str:
-        return os.environ.get("JUPYTERHUB_SERVICE_PREFIX", f"/services/{self.service_name}/")
+        base = os.environ.get("JUPYTERHUB_BASE_URL", "/")
+        return os.environ.get("JUPYTERHUB_SERVICE_PREFIX", f"{base}services/{self.service_name}/")
 
     def start(self) -> None:
         super().start()
+        tornado = logging.getLogger("tornado")  # refused and failed calls go where all else is logged
+        tornado.parent, tornado.level = self.log, logging.WARNING
         asyncio.run(self.serve())
 
     async def serve(self) -> None:
@@ -149,10 +161,11 @@ class AgentsHub(JupyterApp):
             loop.add_signal_handler(number, ended.set)
         tasks = [loop.create_task(self._end_with_parent(ended))] if self.managed else []
         await self.begin()
-        tasks.append(loop.create_task(self._touch_regularly()))
+        tasks.append(loop.create_task(self._look_around_regularly()))
         await ended.wait()
         # Containers stay, with or without a run: the next service adopts them.
         self.server.stop()
+        self.workspaces.engine.close()
         for task in tasks:
             task.cancel()
 
@@ -161,17 +174,19 @@ class AgentsHub(JupyterApp):
         if "deployment" not in self.config.DockerEngine:
             self.config.DockerEngine.deployment = self.service_name
         self.workspaces = HubWorkspaces(parent=self, audit=self._audit)
-        self.hub_auth = HubOAuth.instance(parent=self, cache_max_age=REFUSAL)
+        self.hub_auth = HubOAuth.instance(
+            parent=self,
+            base_url=self.prefix,
+            oauth_client_id=os.environ.get("JUPYTERHUB_CLIENT_ID", f"service-{self.service_name}"),
+            cache_max_age=ADMIN_SECONDS,
+        )
         self.hub = HubAPI(self.hub_auth.api_url, self.hub_auth.api_token)
         self.server = HTTPServer(self.application(), max_body_size=MAX_JSON, xheaders=True)
         address = urlsplit(self.url)
         self.server.listen(address.port or 80, address.hostname)
         self.log.info("Serving %s at %s", self.prefix, self.url)
         await self._check_grants()
-        if problem := await self.problem():
-            self.log.error(problem)
-        await self._keep_in_touch()
-        await self.workspaces.adopt()
+        await self._look_around()
         self.workspaces.start()
 
     def application(self) -> web.Application:
@@ -206,32 +221,42 @@ class AgentsHub(JupyterApp):
                 ", ".join(sorted(missing)),
             )
 
-    async def _touch_regularly(self) -> None:
+    async def _look_around_regularly(self) -> None:
         while True:
             await asyncio.sleep(self.hub_interval)
-            await self._keep_in_touch()
-            await asyncio.gather(*(w.measure() for w in self.workspaces if not w.watched), return_exceptions=True)
+            await self._look_around()
+            await self._measure_unwatched()
 
-    async def _keep_in_touch(self) -> None:
+    async def _look_around(self) -> None:
+        """What the Hub and the engine don't tell by themselves. One that doesn't answer is asked again next time."""
+        for look in (self._compare_users, self.workspaces.adopt):
+            trouble = ""
+            try:
+                await look()
+            except HubDown as e:
+                trouble = f"The Hub does not answer: {e}"
+            except AgentsError as e:
+                trouble = f"{e}{f' ({e.command})' if e.command else ''}"
+            if trouble and trouble != self._troubles.get(look.__name__):
+                self.log.error(trouble)
+            self._troubles[look.__name__] = trouble
+
+    async def _compare_users(self) -> None:
         """Learn who is in which groups and who is gone, and tell who is active."""
-        try:
-            users = await self.hub.users()
-            for name, user in users.items():
-                self.workspaces.seen(name, user["groups"])
-            for name in self._users.keys() - users.keys():
-                self.log.info("%s is gone from the Hub: removing the workspace, volume: %s", name, self.deleted_users)
-                await self.workspaces.forget(name, volume=self.deleted_users == "delete")
-            self._users = users
-            if self.report_activity:
-                for workspace in self.workspaces:
-                    if workspace.active_runs and workspace.user in users:
-                        await self.hub.report_activity(users[workspace.user])
-        except (HubDown, AgentsError) as e:
-            if str(e) != self._trouble:
-                self.log.warning("%s", e)
-            self._trouble = str(e)
-        else:
-            self._trouble = ""
+        users = await self.hub.users()
+        for name, user in users.items():
+            self.workspaces.seen(name, user["groups"])
+        for name in self._users.keys() - users.keys():
+            self.log.info("%s is gone from the Hub: removing the workspace, volume: %s", name, self.deleted_users)
+            await self.workspaces.forget(name, volume=self.deleted_users == "delete")
+        self._users = users
+        if self.report_activity:
+            for workspace in self.workspaces:
+                if workspace.active_runs and workspace.user in users:
+                    await self.hub.report_activity(users[workspace.user])
+
+    async def _measure_unwatched(self) -> None:
+        await asyncio.gather(*(w.measure() for w in self.workspaces if not w.watched), return_exceptions=True)
 
     async def _end_with_parent(self, ended: asyncio.Event) -> None:
         parent = os.getppid()
@@ -260,8 +285,8 @@ class AgentsHub(JupyterApp):
 
     async def list_workspaces(self) -> list[dict[str, Any]]:
         """The API's Workspace of all that run, by user name."""
+        await self._measure_unwatched()
         running = [workspace for workspace in self.workspaces if workspace.container]
-        await asyncio.gather(*(w.measure() for w in running if not w.watched), return_exceptions=True)
         return sorted((w.to_dict() for w in running), key=lambda w: str(w["user"]))
 
     async def remove(self, user: str, volume: bool, by: str) -> None:

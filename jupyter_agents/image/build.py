@@ -63,14 +63,15 @@ def _context(ca_bundle: bytes) -> bytes:
 
 
 def _follow(output: Iterable[dict[str, Any]], log: Log) -> None:
-    last = ""
-    for message in output:
-        if "error" in message:
-            raise Unavailable(f"The image could not be built: {message['error']}. Before it: {last}", "build_failed")
-        for line in message.get("stream", "").splitlines():
+    last = error = ""
+    for message in output:  # to its end, which frees the connection
+        error = error or message.get("error", "")
+        for line in re.sub("\x1b\\[[0-9;]*m", "", message.get("stream", "")).splitlines():
             if line.strip():
-                last = line
                 log(line)
+                last = last if line.startswith(("Removing intermediate container", " --->")) else line
+    if error:
+        raise Unavailable(f"The image could not be built: {error}. It said: {last}", "build_failed")
 
 
 def _ensure_base(api: docker.APIClient, base: str, log: Log) -> None:
@@ -81,12 +82,11 @@ def _ensure_base(api: docker.APIClient, base: str, log: Log) -> None:
     except ImageNotFound:
         log(f"Pulling {base}")
     try:
-        for message in api.pull(base, stream=True, decode=True):
-            if "error" in message:
-                raise APIError(message["error"])
-        return
+        reason = "".join(message.get("error", "") for message in api.pull(base, stream=True, decode=True))
     except APIError as e:
         reason = str(e.explanation or e)
+    if not reason:
+        return
     log(f"It cannot be pulled: {reason}")
     debian = re.fullmatch(r"debian:([a-z]+)(-slim)?", base)
     if debian and os.getuid() == 0 and (shutil.which("debootstrap") or shutil.which("apt-get")):

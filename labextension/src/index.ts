@@ -199,15 +199,16 @@ const status: JupyterFrontEndPlugin<void> = {
   description:
     'Says in the status bar how many agents run and what memory they use.',
   autoStart: true,
-  requires: [IAgentsModel, IStatusBar],
-  optional: [ITranslator],
+  requires: [IAgentsModel],
+  // Notebook 7 has no status bar.
+  optional: [IStatusBar, ITranslator],
   activate: (
     app: JupyterFrontEnd,
     model: AgentsModel,
-    statusBar: IStatusBar,
+    statusBar: IStatusBar | null,
     translator: ITranslator | null
   ) => {
-    statusBar.registerStatusItem(status.id, {
+    statusBar?.registerStatusItem(status.id, {
       item: statusWidget(
         model,
         (translator ?? nullTranslator).load(DOMAIN),

@@ -194,13 +194,16 @@ export class AgentsModel implements IDisposable {
 
   /** Start a run and show it. */
   async startRun(agent: string, run: IRunRequest): Promise<void> {
-    this._noteRun(
-      await requestJSON<IRun>(
-        this.serverSettings,
-        apiPath('agents', agent, 'runs'),
-        { method: 'POST', json: run }
-      )
+    const started = await requestJSON<IRun>(
+      this.serverSettings,
+      apiPath('agents', agent, 'runs'),
+      { method: 'POST', json: run }
     );
+    this._noteRun(started);
+    // The list of runs may have come meanwhile with this one in it, so that it wasn't new.
+    if (agent === this._selected) {
+      this.showRun(started.id);
+    }
     this._stateChanged.emit();
   }
 

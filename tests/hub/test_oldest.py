@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ROOT, Hub, User, wait_for
-from test_service import (
+
+from .running import ROOT, Hub, User, wait_for
+from .test_service import (
     container_of,
     refusal,
     test_a_login_cookie_is_no_way_into_the_api,
@@ -25,7 +26,7 @@ from test_service import (
     test_wrong_credentials_are_refused_everywhere,
     token,
 )
-from test_users import IN_A_KERNEL, test_the_browsers_cookie_needs_its_xsrf_token_and_its_origin
+from .test_users import IN_A_KERNEL, test_the_browsers_cookie_needs_its_xsrf_token_and_its_origin
 
 __all__ = [
     "test_a_login_cookie_is_no_way_into_the_api",
@@ -88,7 +89,7 @@ def engine() -> Iterator[Relay]:
 
 @pytest.fixture(scope="module")
 def hub(start_hub: Callable[..., Hub], engine: Relay) -> Iterator[Hub]:
-    assert OLDEST.exists(), "`make .dev/hub-oldest` makes it"
+    assert OLDEST.exists(), "`make .dev/oldest` makes it"
     hub = start_hub(str(OLDEST), 'c.AgentsHub.deleted_users = "delete"', DOCKER_HOST=f"unix://{engine.path}")
     assert requests.get(f"{hub.url}/hub/api").json()["version"] == "5.0.0"
     yield hub

@@ -12,9 +12,11 @@ import docker
 import pytest
 import requests
 import websocket
-from conftest import Hub, User, wait_for
 
 from jupyter_agents.client import AgentsError, Client
+from jupyter_agents.hub import cli
+
+from .running import Hub, User, wait_for
 
 GB = 2**30
 
@@ -129,6 +131,25 @@ def test_the_admin_page_is_for_those_who_have_the_scope(hub: Hub, deployment: st
     assert container_of(deployment, "page-ann", docker_api) is None
     assert [agent["id"] for agent in ann.direct.agents()] == ["kept"]
     assert requests.delete(f"{page}workspaces/page-ann?volume=1", headers=admin).status_code == 204
+    assert ann.direct.agents() == []
+
+
+def test_the_same_on_the_command_line(hub: Hub, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ann, boss = hub.add_user("cli-ann"), hub.add_user("boss")
+    ann.direct.create_agent("a")
+    monkeypatch.setenv("JUPYTER_AGENTS_SERVICE_URL", f"{hub.service}/")
+    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", ann.token)
+    assert cli.main(["list"]) == 1
+    assert "custom:jupyter-agents:admin" in capsys.readouterr().err
+    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", boss.new_token())
+    assert cli.main(["list"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cli-ann ")]
+    assert "of 1024 MB  1 agents  0 runs" in line
+    assert cli.main(["stop", "cli-ann"]) == 0
+    assert cli.main(["list", "--json"]) == 0
+    assert "cli-ann" not in {workspace["user"] for workspace in json.loads(capsys.readouterr().out)}
+    assert [agent["id"] for agent in ann.direct.agents()] == ["a"]
+    assert cli.main(["delete", "cli-ann"]) == 0
     assert ann.direct.agents() == []
 
 

@@ -1,0 +1,30 @@
+"""That `make bench` works: all of it, once and small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import docker
+
+from jupyter_agents.docker_engine import DEPLOYMENT_LABEL
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_table_has_all_rows_and_nothing_is_left(docker_api: docker.APIClient) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--quick"]
+    before = _deployments(docker_api)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [len(cells) for cells in table] == [6] * 17
+    assert all(float(cells[1]) > 0 for cells in table[2:])
+    assert not {name for name in _deployments(docker_api) - before if name.startswith("bench-")}
+
+
+def _deployments(docker_api: docker.APIClient) -> set[str]:
+    label = {"label": DEPLOYMENT_LABEL}
+    volumes = docker_api.volumes(filters=label)["Volumes"] or []
+    return {made["Labels"][DEPLOYMENT_LABEL] for made in docker_api.containers(all=True, filters=label) + volumes}
