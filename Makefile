@@ -25,12 +25,12 @@ help:
 demo: .dev/lab
 	@$(with_docker) sh -c '$(bin)/jupyter agents build && exec $(bin)/python scripts/demo.py'
 
-test: .dev/lab .dev/browser .dev/proxy .dev/oldest
+test: .dev/lab .dev/browser .dev/node .dev/oldest
 	$(jlpm) test
 	@$(with_docker) sh -c '$(bin)/jupyter agents build && exec $(bin)/pytest --cov $(args)'
 
 bench: .dev/lab
-	@$(with_docker) sh -c '$(bin)/jupyter agents build && exec $(bin)/python benchmarks/run.py'
+	@$(with_docker) sh -c '$(bin)/jupyter agents build && $(bin)/python benchmarks/run.py && exec $(bin)/python benchmarks/hub.py'
 
 image: .dev/lab
 	@$(with_docker) $(bin)/jupyter agents build
@@ -71,8 +71,8 @@ clean:
 	  || { echo "Chromium is missing: install the package chromium."; exit 1; }
 	@touch $@
 
-.dev/proxy: .dev/venv
-	npm install --silent --no-save --prefix .dev configurable-http-proxy@5
+.dev/node: .dev/venv
+	npm install --silent --no-save --prefix .dev configurable-http-proxy@5 axe-core@4
 	@touch $@
 
 # The oldest JupyterHub that we claim, on top of all else that the tests have.

@@ -173,7 +173,8 @@ def serve(port: Any, count: int) -> None:
         port.send(sockets[0].getsockname()[1])
         await asyncio.to_thread(port.recv)
         for workspace in service.workspaces:
-            await workspace.engine.remove(workspace.user, volume=True)
+            if workspace.user.startswith("real-"):
+                await workspace.stop(volume=True)
 
     asyncio.run(main())
 

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -298,6 +299,7 @@ def main() -> None:
     names = [comparison.__name__ for comparison in COMPARISONS]
     parser.add_argument("only", nargs="*", metavar="COMPARISON", help=f"some of them: {', '.join(names)}")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed then too
     rows: list[Row] = []
     load = os.getloadavg()[0]
     with scripted_model(), closing(Bench(options.quick)) as bench:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import re
 import time
 from collections.abc import AsyncIterator
@@ -36,6 +37,7 @@ class Agent:
     uid: int
     created: float = field(default_factory=time.time)
     env: list[str] = field(default_factory=list)
+    made: float = -math.inf  # when this process made it, by the monotonic clock
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -81,6 +83,7 @@ class Agents(Link):
                     self._lost()
                     await self.engine.put(await self.connect(), tar)
                     self.agents[agent_id] = agent
+            agent.made = time.monotonic()
         except BaseException:
             self.agents.pop(agent_id, None)
             raise

@@ -161,7 +161,7 @@ class Runs(Agents):
                 if not size:
                     await self._check(process)
                 if int(size) > MAX_ENV:
-                    raise TooLarge("The agent's `.env` has more than 1 MiB: remove it, or make it smaller.", "too_large")
+                    raise TooLarge("The agent's `.env` has more than 1 MiB: make it smaller.", "too_large")
                 dotenv = await process.stdout.readexactly(int(size))
                 variables = environment.for_run(
                     environment.passed_on(self.settings.pass_environment, self.settings.environment),

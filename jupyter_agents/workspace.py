@@ -238,11 +238,12 @@ class Workspace(Runs):
         owners = {uid: name for name, uid in sample.uids.items()}
         # An agent may call a process of its own a supervisor, but only of its own runs.
         alive = {(owners.get(process.uid), process.supervises) for process in sample.processes}
+        # What was just made or started may be younger than the sample.
         for name, agent in list(self.agents.items()):
-            if name not in sample.uids and not agent.lock.locked():
+            settled = time.monotonic() - agent.made > SETTLED_SECONDS and not agent.lock.locked()
+            if name not in sample.uids and settled:
                 self._forget(name)
         new = sample.uids.keys() - self.agents.keys()
-        # What has just started may be younger than the sample.
         due = [run for run in self.active_runs if time.time() - run.started > SETTLED_SECONDS]
         stale = {run.agent for run in due if (run.agent, run.id) not in alive}
         unknown = {name for name, run in alive if name and run and run not in self.runs}

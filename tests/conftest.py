@@ -112,7 +112,12 @@ class Server:
 
     def __init__(self, user: str, folder: Path):
         config = {
-            "ServerApp": {"port": 0, "allow_root": True, "root_dir": str(folder), "jpserver_extensions": {"jupyter_agents": True}},
+            "ServerApp": {
+                "port": 0,
+                "allow_root": True,
+                "root_dir": str(folder),
+                "jpserver_extensions": {"jupyter_agents": True},
+            },
             "IdentityProvider": {"token": secrets.token_hex()},
             "JupyterAgents": {"user": user},
         }

@@ -12,18 +12,22 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import docker
+from traitlets.config import Config
+
 from jupyter_agents.docker_engine import LABEL
 from jupyter_agents.run import Run
 from jupyter_agents.workspace import Workspace
 from jupyter_agents.workspaces import Workspaces
-from traitlets.config import Config
 
 IMAGE = "jupyter-agents:latest"
 
 
 @asynccontextmanager
 async def serving(
-    user: str, audit: Callable[[dict[str, Any]], None] = lambda event: None, docker: dict[str, Any] | None = None, **traits: Any
+    user: str,
+    audit: Callable[[dict[str, Any]], None] = lambda event: None,
+    docker: dict[str, Any] | None = None,
+    **traits: Any,
 ) -> AsyncIterator[Workspace]:
     """The user's workspace as a server would serve it, with these traits of `Workspaces` and of `DockerEngine`."""
     config = Config(Workspaces={"cpu_limit": 2, **traits}, DockerEngine=docker or {})

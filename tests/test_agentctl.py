@@ -12,9 +12,10 @@ from pathlib import Path
 
 import docker
 import pytest
-from helpers import IMAGE, containers, eventually, finish, log, nothing_left, processes, seen, serving, text
+from helpers import IMAGE, containers, eventually, finish, log, nothing_left, output, processes, seen, serving, text
+
 from jupyter_agents.docker_engine import AGENTCTL
-from jupyter_agents.errors import AgentsError, NotFound, Protected
+from jupyter_agents.errors import NotFound, Protected
 
 
 def test_shellcheck() -> None:
@@ -51,7 +52,7 @@ async def test_busybox(user: str, model: str, docker_api: docker.APIClient, busy
     async with serving(user, docker={"image": busybox_image}) as workspace:
         await workspace.create_agent("a")
         assert workspace.container
-        assert "awk" in str(docker_api.exec_start(docker_api.exec_create(workspace.container.id, ["readlink", "-f", "/bb/awk"])["Id"]))
+        assert "BusyBox" in output(docker_api, workspace.container.id, "head", "--help")
         assert await workspace.set_env("a", {"X": "it's\nhere"}) == ["X"]
         run = await finish(workspace, "a", "[[write new.txt hello]] [[run printenv X]]")
         assert run.state == "succeeded"
@@ -83,11 +84,12 @@ async def test_busybox(user: str, model: str, docker_api: docker.APIClient, busy
             async with workspace.open_file("a", ".env"):
                 pass
 
-        started = await workspace.start_run("a", {"prompt": "[[run setsid sleep 300 & env -i setsid sleep 300 & sleep 300]]"})
+        script = "setsid sleep 300 & env -i setsid sleep 300 & sleep 300"
+        started = await workspace.start_run("a", {"prompt": f"[[run {script}]]"})
         following = asyncio.ensure_future(log(workspace, started, follow=True))
         await seen(workspace, started, "sleep 300")
-        uid = workspace.agents["a"].uid
-        await eventually(lambda: sum("sleep 300" == line for line in processes(docker_api, workspace.container.id, uid)) == 3)
+        container, uid = workspace.container.id, workspace.agents["a"].uid
+        await eventually(lambda: processes(docker_api, container, uid).count("sleep 300") == 3)
         assert (await workspace.cancel(started.id)).state == "cancelled"
         await nothing_left(docker_api, workspace, "a")
         assert (await following)[-1]["type"] == "run_end"

@@ -163,9 +163,7 @@ async def test_simultaneous_creations(user: str) -> None:
 # --- removal --------------------------------------------------------------------------------------------------------
 
 
-async def test_removal_deletes_its_directory_and_only_that(
-    user: str, docker_api: docker.APIClient, model: str
-) -> None:
+async def test_removal_deletes_its_directory_and_only_that(user: str, docker_api: docker.APIClient, model: str) -> None:
     async with serving(user) as workspace:
         for name in ("a1", "a1-b", "a2"):
             await workspace.create_agent(name)
@@ -278,7 +276,7 @@ async def test_only_what_is_listed_reaches_a_run(api: Api, monkeypatch: pytest.M
 
 async def test_dotenv_that_the_agent_wrote(api: Api, docker_api: docker.APIClient, user: str) -> None:
     await api("POST", "agents", {"id": "a1"})
-    lines = "export A=\"x ${HOME} $PATH\"\n# note\nB=${SECRET_OF_SERVER:-none}\ns3cr3t\nPPID=1\nUID=2\nC=\n"
+    lines = 'export A="x ${HOME} $PATH"\n# note\nB=${SECRET_OF_SERVER:-none}\ns3cr3t\nPPID=1\nUID=2\nC=\n'
     container = docker_api.containers(filters={"label": f"jupyter-agents.user={user}"})[0]["Id"]
     uid = output(docker_api, container, "stat", "-c", "%u", "/workspace/agent-a1").strip()
     script = f"cat > /workspace/agent-a1/.env <<'EOF'\n{lines}EOF\n"
@@ -380,7 +378,13 @@ async def test_env_stays_0600_and_its_own(user: str, docker_api: docker.APIClien
         await workspace.create_agent("a1")
         home = "/workspace/agent-a1"
         # Whatever the agent has made of its .env, it is a private file again.
-        for script in ("true", "rm .env", "ln -sf /etc/hostname .env", "rm .env; mkdir -p .env/x; chmod 0 .env", "rm -rf .env; mkfifo .env"):
+        for script in (
+            "true",
+            "rm .env",
+            "ln -sf /etc/hostname .env",
+            "rm .env; mkdir -p .env/x; chmod 0 .env",
+            "rm -rf .env; mkfifo .env",
+        ):
             assert try_in(docker_api, workspace, "a1", f"cd {home}; {script}")[0] == 0, script
             assert await asyncio.wait_for(workspace.set_env("a1", {"A": "1"}), 10) == ["A"], script
             uid = workspace.agent("a1").uid

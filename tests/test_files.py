@@ -53,10 +53,8 @@ def shell(api: Api, docker_api: docker.APIClient, user: str, jp_asyncio_loop: An
 
     async def run(script: str, agent: str = "a1") -> str:
         uid = output(docker_api, container, "stat", "-c", "%u", f"/workspace/agent-{agent}").strip()
-        told = output(
-            docker_api, container, "sh", "-c", f"cd /workspace/agent-{agent} && {{ {script}\n}}", user=f"{uid}:{uid}"
-        )
-        return told
+        script = f"cd /workspace/agent-{agent} && {{ {script}\n}}"
+        return output(docker_api, container, "sh", "-c", script, user=f"{uid}:{uid}")
 
     return run
 
@@ -192,7 +190,8 @@ async def test_folders_and_moves(fetch: Fetch, shell: Shell) -> None:
 
 async def test_paths_that_lead_out_are_refused(fetch: Fetch, shell: Shell) -> None:
     await shell("echo s3cr3t > notes", "a2")
-    for path in ("..", "../agent-a2/notes", "x/../../agent-a2/notes", "a\0b", "x" * 5000, "x" * 256, "é" * 128, "./..", "a//../b"):
+    up = ["..", "../agent-a2/notes", "x/../../agent-a2/notes", "./..", "a//../b"]
+    for path in (*up, "a\0b", "x" * 5000, "x" * 256, "é" * 128):
         for verb, data in (("GET", None), ("PUT", b"x"), ("DELETE", None)):
             assert reason(await fetch(verb, path, data)) == (400, "bad_path"), (verb, path)
     for path in ("/etc/passwd", "//etc/passwd"):  # always relative
@@ -205,8 +204,9 @@ async def test_paths_that_lead_out_are_refused(fetch: Fetch, shell: Shell) -> No
 async def test_links_reach_only_what_the_agent_may_reach(fetch: Fetch, shell: Shell) -> None:
     await shell("echo s3cr3t > notes; mkdir sub; echo s3cr3t > sub/x; ls", "a2")
     await shell(
-        "ln -s ../agent-a2 other; ln -s ../agent-a2/notes notes; ln -s /etc/shadow shadow; ln -s /proc/1/environ environ"
-        "; ln -s / root; ln -s none broken; ln -s loop loop; echo mine > mine; ln -s mine mylink; mkdir d; ln -s d dlink"
+        "ln -s ../agent-a2 other; ln -s ../agent-a2/notes notes; ln -s /etc/shadow shadow; ln -s / root"
+        "; ln -s /proc/1/environ environ; ln -s none broken; ln -s loop loop; echo mine > mine; ln -s mine mylink"
+        "; mkdir d; ln -s d dlink"
     )
     for path in ("other/notes", "other/sub/x", "other", "notes", "shadow", "environ", "root/etc/shadow"):
         got = await fetch("GET", path)
@@ -222,7 +222,8 @@ async def test_links_reach_only_what_the_agent_may_reach(fetch: Fetch, shell: Sh
         assert (await fetch("DELETE", path)).code >= 400, path
     assert (await fetch("GET", "mylink")).body == b"mine\n"
     kinds = {e["name"]: e["type"] for e in json.loads((await fetch("GET", "")).body)}
-    assert (kinds["mylink"], kinds["dlink"], kinds["broken"], kinds["loop"]) == ("file", "directory", "symlink", "symlink")
+    links = {"mylink": "file", "dlink": "directory", "broken": "symlink", "loop": "symlink"}
+    assert links.items() <= kinds.items()
     tar = (await fetch("GET", "", query="?format=tar")).body
     assert b"s3cr3t" not in tar
     assert (await fetch("DELETE", "dlink")).code == 204
@@ -234,7 +235,9 @@ async def test_links_reach_only_what_the_agent_may_reach(fetch: Fetch, shell: Sh
 
 async def test_env_is_refused_under_every_name(api: Api, fetch: Fetch, shell: Shell) -> None:
     await api("PATCH", "agents/a1/env", {"SECRET": "s3cr3t"})
-    await shell("ln -s .env soft; ln .env hard; mkdir d; ln .env d/hard; ln -s ../.env d/soft; ln -s .. d/up; ln -s d dd")
+    await shell(
+        "ln -s .env soft; ln .env hard; ln -s d dd; mkdir d; ln .env d/hard; ln -s ../.env d/soft; ln -s .. d/up"
+    )
     for path in (".env", "./.env", "d/up/.env", "soft", "hard", "d/hard", "d/soft", "dd/hard", "//.env"):
         assert reason(await fetch("GET", path)) == (403, "protected_file"), path
         assert reason(await fetch("PUT", path, b"A=1")) == (403, "protected_file"), path
@@ -255,7 +258,8 @@ async def test_env_is_refused_under_every_name(api: Api, fetch: Fetch, shell: Sh
 
 
 async def test_special_files_do_not_hang(fetch: Fetch, shell: Shell) -> None:
-    await shell("mkfifo fifo; ln -s /dev/zero zero; ln -s /dev/stdin stdin; python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"sock\")'; ln -s /proc/self/mem mem")
+    await shell("mkfifo fifo; ln -s /dev/zero zero; ln -s /dev/stdin stdin; ln -s /proc/self/mem mem")
+    await shell("python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"sock\")'")
     for path in ("fifo", "zero", "stdin", "sock"):
         got = await asyncio.wait_for(fetch("GET", path), 10)
         assert reason(got) == (409, "not_a_file"), path
@@ -269,7 +273,7 @@ async def test_special_files_do_not_hang(fetch: Fetch, shell: Shell) -> None:
 
 
 async def test_unreadable_and_unwritable(fetch: Fetch, shell: Shell) -> None:
-    await shell("echo x > closed; chmod 0 closed; mkdir dir; echo x > dir/x; chmod 0 dir; mkdir ro; echo 1 > ro/x; chmod 500 ro")
+    await shell("mkdir dir ro; echo x | tee closed dir/x ro/x; chmod 0 closed dir; chmod 500 ro")
     for path in ("closed", "dir", "dir/x"):
         got = await fetch("GET", path)
         assert 400 <= got.code < 500, path

@@ -58,8 +58,7 @@ def guarded(method: Any) -> bool:
     outer = {web.authenticated(nothing).__code__, ws_authenticated(nothing).__code__}
     inner = getattr(method, "__wrapped__", None)
     return (
-        getattr(method, "__code__", None) in outer
-        and getattr(inner, "__code__", None) is authorized(nothing).__code__
+        getattr(method, "__code__", None) in outer and getattr(inner, "__code__", None) is authorized(nothing).__code__
     )
 
 
@@ -90,10 +89,7 @@ def test_that_check_finds_what_is_not_guarded() -> None:
 
 def test_routes_and_contract_agree() -> None:
     documented = {
-        (pattern, verb)
-        for verb, path in operations()
-        for pattern, _ in handlers.ROUTES
-        if re.fullmatch(pattern, path)
+        (pattern, verb) for verb, path in operations() for pattern, _ in handlers.ROUTES if re.fullmatch(pattern, path)
     }
     assert documented == {(pattern, verb) for pattern, h in handlers.ROUTES for verb in methods(h) if verb in VERBS}
     for _, path in operations():

@@ -26,13 +26,16 @@ from helpers import (
     serving,
     text,
 )
-from jupyter_agents.errors import Conflict
-from jupyter_agents.run import Run
-from jupyter_agents.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("model")
 
-HARD = "\n".join(["--help", "-p", "ünïcödé 🚀 \u202e \ufeff", "'\"`$(id)$HOME\\", "{braces} {0} %s", "a;b|c&d>e", "[[digest]]"])
+HARD = """--help
+-p
+ünïcödé 🚀 \u202e \ufeff
+'"`$(id)$HOME\\
+{braces} {0} %s
+a;b|c&d>e
+[[digest]]"""
 
 
 @pytest.mark.parametrize("prompt", [HARD, "[[digest]]" + "é{}'\"\n-- " * 100_000], ids=["hard", "long"])
@@ -236,7 +239,7 @@ async def test_odd_ends(user: str, docker_api: docker.APIClient, shell_image: st
             await nothing_left(docker_api, workspace, run.agent)
 
 
-# --- stopping ---------------------------------------------------------------------------------------------------------
+# --- stopping -------------------------------------------------------------------------------------------------------
 
 BROOD = (
     "[[run sleep 301 & setsid sleep 302 & env -i setsid sleep 303 & "
@@ -297,11 +300,11 @@ async def test_time_limits(user: str) -> None:
         )
     assert (hung.state, hung.error and hung.error["reason"]) == ("timed_out", "hung")
     assert (late.state, late.error and late.error["reason"]) == ("timed_out", "timed_out")
-    assert late.ended - late.started < 8
+    assert late.ended - late.started < 20  # of the 50 that it would take
     assert slow.state == "succeeded"
 
 
-# --- how runs end -----------------------------------------------------------------------------------------------------
+# --- how runs end ---------------------------------------------------------------------------------------------------
 
 
 async def test_failures_are_told_apart(user: str) -> None:
@@ -327,20 +330,21 @@ async def test_failures_are_told_apart(user: str) -> None:
         assert words in run.error["message"]
 
 
-async def test_tool_out_of_memory(user: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(user, memory_limit=400 * 2**20) as workspace:
+async def test_tool_out_of_memory(user: str) -> None:
+    async with serving(user, memory_limit=500 * 2**20) as workspace:
         run = await finish(workspace, "a", "[[allocate 600 1]]")
     assert (run.state, run.error) == ("succeeded", None)
     assert run.oom_kills == 1
-    assert run.peak_bytes == pytest.approx(400 * 2**20, rel=0.02)
+    assert run.peak_bytes == pytest.approx(500 * 2**20, rel=0.02)
 
 
 # What Claude starts is killed rather than Claude itself, unless Claude's own score is the higher one.
-KILL_CLAUDE = (
-    "[[run 'for p in /proc/[0-9]*; do if [ \"$(readlink $p/exe)\" = /usr/local/bin/claude ]; then"
-    " echo 1000 > $p/oom_score_adj; fi; done;"
-    ' python3 -c "import time; open(\\"/proc/self/oom_score_adj\\", \\"w\\").write(\\"0\\"); held = b\\"x\\" * (370 << 20); time.sleep(60)"\']]'
-)
+KILL_CLAUDE = r"""[[run '
+for p in /proc/[0-9]*; do
+  if [ "$(readlink $p/exe)" = /usr/local/bin/claude ]; then echo 1000 > $p/oom_score_adj; fi
+done
+python3 -c "import time; held = bytearray(370 << 20); held[::4096] = held[::4096]; time.sleep(60)"
+']]"""
 
 
 async def test_claude_out_of_memory(user: str, docker_api: docker.APIClient) -> None:
@@ -394,7 +398,7 @@ async def test_what_an_agent_can_do_to_its_own_run(user: str) -> None:
         assert [run.state for run in again] == ["succeeded", "succeeded"]
 
 
-# --- what a run changed -------------------------------------------------------------------------------------------------
+# --- what a run changed ---------------------------------------------------------------------------------------------
 
 CHANGES = r"""[[run 'sleep 1; echo new > added.txt; echo more >> changed.txt; rm deleted.txt; mv moved.txt to.txt;
 head -c 100 /dev/zero > data.bin; printf x > "$(printf "line\nbreak")"; ln -s /etc/passwd link;

@@ -104,8 +104,27 @@ json_values: Any = st.recursive(
     max_leaves=8,
 )
 keys = st.sampled_from(
-    ["message", "content", "usage", "result", "errors", "subtype", "is_error", "session_id", "num_turns", "type"]
-    + ["duration_ms", "total_cost_usd", "input_tokens", "output_tokens", "input", "name", "exit_code", "reason", "ended"]
+    [
+        "message",
+        "content",
+        "usage",
+        "result",
+        "errors",
+        "subtype",
+        "is_error",
+        "session_id",
+        "num_turns",
+        "type",
+        "duration_ms",
+        "total_cost_usd",
+        "input_tokens",
+        "output_tokens",
+        "input",
+        "name",
+        "exit_code",
+        "reason",
+        "ended",
+    ]
 )
 nested: Any = st.dictionaries(keys, json_values | st.lists(st.dictionaries(keys, json_values, max_size=3), max_size=2))
 hostile: Any = st.dictionaries(keys, json_values | nested, max_size=6)
@@ -142,7 +161,13 @@ def test_options() -> None:
         "--include-partial-messages",
         "--dangerously-skip-permissions",
     ]
-    request = {"prompt": "", "model": "--resume=x; id", "max_turns": 3, "max_budget_usd": 0.5, "permission_mode": "plan"}
+    request = {
+        "prompt": "",
+        "model": "--resume=x; id",
+        "max_turns": 3,
+        "max_budget_usd": 0.5,
+        "permission_mode": "plan",
+    }
     assert claude.options(request, "5e55")[4:] == [
         "--model=--resume=x; id",
         "--max-turns=3",
@@ -169,7 +194,14 @@ NONE = {"type": "raw"}
         ({}, {**GOOD, "is_error": True, "result": "odd"}, b"", "failed", "claude_error", "odd"),
         ({}, {**GOOD, "subtype": "error_max_turns"}, b"", "failed", "max_turns", "turns"),
         ({}, {**GOOD, "subtype": "error_max_budget_usd"}, b"", "failed", "max_budget", "budget"),
-        ({}, {**GOOD, "subtype": "error_new", "result": None, "errors": ["told"]}, b"", "failed", "claude_error", "told"),
+        (
+            {},
+            {**GOOD, "subtype": "error_new", "result": None, "errors": ["told"]},
+            b"",
+            "failed",
+            "claude_error",
+            "told",
+        ),
         ({"exit_code": 1}, NONE, b"  what\n went wrong ", "failed", "claude_error", "what went wrong"),
         ({"exit_code": 1}, NONE, b"", "failed", "claude_error", "exit code 1"),
         ({"exit_code": 0}, NONE, b"", "failed", "claude_error", "without a result"),

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sys
 from collections.abc import Callable, Iterator
 
 import docker
 import pytest
+from docker.errors import NotFound
 
 from .running import ROOT, SERVICE_CONFIG, Hub
 
 
 @pytest.fixture(scope="session")
-def deployment() -> Iterator[str]:
+def deployment(docker_api: docker.APIClient) -> Iterator[str]:
     """A name for the containers of one test session; all of them are removed at its end, with their volumes."""
     name = f"hubtest-{secrets.token_hex(4)}"
     yield name
     label = {"label": f"jupyter-agents.deployment={name}"}
-    client = docker.from_env()
-    for container in client.containers.list(all=True, filters=label):
-        container.remove(force=True)
-    for volume in client.volumes.list(filters=label):
-        volume.remove(force=True)
-    client.close()
+    for container in docker_api.containers(all=True, filters=label):
+        with contextlib.suppress(NotFound):
+            docker_api.remove_container(container["Id"], force=True)
+    for volume in docker_api.volumes(filters=label)["Volumes"] or []:
+        with contextlib.suppress(NotFound):
+            docker_api.remove_volume(volume["Name"], force=True)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ class AsTyped(DummyAuthenticator):
 c.JupyterHub.authenticator_class = AsTyped
 c.DummyAuthenticator.password = "correct horse"
 c.Authenticator.allow_all = True
+c.JupyterHub.allow_named_servers = True
 c.JupyterHub.spawner_class = "simple"
 c.SimpleLocalProcessSpawner.home_dir_template = os.path.abspath("home/{username}")
 c.Spawner.args = ["--ServerApp.jpserver_extensions={'jupyter_agents': True}", "--allow-root"]

@@ -99,12 +99,12 @@ def hub(start_hub: Callable[..., Hub], engine: Relay) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def users(hub: Hub) -> list[User]:
     """One will do."""
-    return hub.add_users("uma")
+    return hub.add_users("old-uma")
 
 
 def test_a_kernel_has_its_users_workspace(users: list[User]) -> None:
     told = json.loads(users[0].execute(IN_A_KERNEL))
-    assert told["user"] == "uma" and "I am with /workspace/agent-k" in told["text"]
+    assert told["user"] == "old-uma" and "I am with /workspace/agent-k" in told["text"]
 
 
 def test_an_engine_that_goes_away_is_told_and_comes_back_by_itself(

@@ -241,7 +241,7 @@ def test_limits_of_groups_and_users_hold(hub: Hub, deployment: str, docker_api: 
     assert refusal_of(carol.direct.create_agent, "two") == "too_many_agents"
     carol.direct.start_run("one", "[[sleep 20]]")
     assert refusal_of(carol.direct.start_run, "one", "[[say hello]]") in ("agent_busy", "too_many_runs")
-    carol.direct.stop_workspace()
+    carol.direct.stop_workspace(volume=True)
 
 
 def refusal_of(call: Any, *args: Any) -> str:

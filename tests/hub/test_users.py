@@ -60,6 +60,15 @@ def test_the_magic_works_unchanged(users: list[User]) -> None:
     assert "k" in printed
 
 
+def test_named_servers_share_their_users_workspace(hub: Hub, users: list[User]) -> None:
+    wes = users[2]
+    assert hub.api("POST", f"{wes.path}/servers/second").status_code in (201, 202)
+    wait_for(lambda: wes.model()["servers"].get("second", {}).get("ready"), "the second server", 90)
+    second = Client(f"{wes.server}/second", wes.token)
+    assert second.start_workspace()["name"] == wes.client.start_workspace()["name"]
+    assert hub.api("DELETE", f"{wes.path}/servers/second").status_code in (202, 204)
+
+
 def test_another_users_server_is_closed(users: list[User]) -> None:
     uma, vic, _ = users
     for value in (vic.token, "garbage", vic.new_token(scopes=["access:services!service=jupyter-agents"])):
@@ -80,7 +89,7 @@ def test_the_browsers_cookie_needs_its_xsrf_token_and_its_origin(users: list[Use
     answer = session.post(
         f"{uma.server}/jupyter-agents/workspace", headers={**page, "X-XSRFToken": str(xsrf).strip('"')}
     )
-    assert answer.status_code == 200 and answer.json()["user"] == "uma"
+    assert answer.status_code == 200 and answer.json()["user"] == uma.name
     cookies = "; ".join(f"{c.name}={c.value}" for c in session.cookies if c.path.startswith(("/base/user/", "/")))
     assert socket_status(uma.server, Cookie=cookies, Origin="https://evil.example") in (403, 404)
     assert socket_status(uma.server, Cookie=cookies, Origin=uma.hub.url.removesuffix("/base")) == 101
@@ -135,6 +144,8 @@ def a_browser() -> Iterator[Browser]:
 def open_lab(browser: Browser, user: User) -> Page:
     """JupyterLab of a user who logs in at the Hub, with the panel open."""
     page = browser.new_context().new_page()
+    # On a busy machine JupyterLab's theme may be too slow for it.
+    page.add_locator_handler(page.locator(".jp-Dialog"), lambda: page.keyboard.press("Escape"))
     page.goto(f"{user.hub.url}/hub/login?next=/base/user/{user.name}/lab")
     page.fill("#username_input", user.name)
     page.fill("#password_input", PASSWORD)

@@ -52,13 +52,16 @@ class Lab:
             "ServerApp": {"port": self.port, "allow_root": True, "root_dir": str(self.work), "open_browser": False},
             "IdentityProvider": {"token": self.token},
             "JupyterAgents": {"user": user},
-            "LabApp": {"news_url": None},
+            "LabApp": {"expose_app_in_browser": True},
+            "JupyterNotebookApp": {"expose_app_in_browser": True},
         }
         for section, values in config.items():
             settings.setdefault(section, {}).update(values)
         (folder / "config.json").write_text(json.dumps(settings))
-        overrides = folder / "DATA" / "lab" / "settings"
-        overrides.mkdir(parents=True)
+        # Lab's question whether one wants its news would lie over the panel.
+        notification = folder / "CONFIG/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+        notification.parent.mkdir(parents=True)
+        notification.write_text('{"fetchNews": "false", "checkForUpdates": false}')
         self._app = app
         self.start()
 
@@ -166,15 +169,17 @@ class View:
         """An element of the panel, by its class after `jp-agents-`, or by any selector."""
         return self.page.locator(selector if selector[0] in ".#[" else f".jp-agents-{selector}")
 
+    def command(self, name: str, **arguments: Any) -> None:
+        self.page.wait_for_function("name => window.jupyterapp?.commands.hasCommand(name)", arg=name)
+        self.page.evaluate("([name, args]) => void window.jupyterapp.commands.execute(name, args)", [name, arguments])
+
     def show(self) -> View:
-        tab = self.page.locator(".jp-SideBar .lm-TabBar-tab[title='Agents']")
-        tab.wait_for()
-        if not self["main"].is_visible():
-            tab.click()
-        expect(self["create-name"]).to_be_enabled()
+        self.command("jupyter-agents:show")
+        expect(self["create-name"]).to_be_visible()
         return self
 
     def create(self, name: str) -> None:
+        expect(self["create-name"]).to_be_enabled()
         self["create-name"].fill(name)
         self["create-name"].press("Enter")
         expect(self["prompt-text"]).to_have_attribute("aria-label", f"Prompt for {name}")

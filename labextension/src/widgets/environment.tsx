@@ -57,7 +57,7 @@ export function Environment({ agent }: { agent: string }): JSX.Element {
         autoComplete="off"
         onSubmit={event => {
           event.preventDefault();
-          if (name && !hint && !busy) {
+          if (name && !hint) {
             void set(name, value);
           }
         }}
@@ -93,7 +93,7 @@ export function Environment({ agent }: { agent: string }): JSX.Element {
             'A value is never shown again, but the agent itself can read it and use it.'
           )}
         </p>
-        <button className="jp-agents-button" disabled={!name || !!hint || busy}>
+        <button className="jp-agents-button" disabled={!name || !!hint}>
           {names?.includes(name) ? trans.__('Replace') : trans.__('Add')}
         </button>
       </form>

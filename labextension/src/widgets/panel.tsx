@@ -181,7 +181,10 @@ export class AgentsPanel extends Panel {
       this.give(agent, files).then(() => null),
       {
         pending: { message: trans.__('Giving %1 to %2…', what, agent) },
-        success: { message: () => trans.__('%1 has %2.', agent, what) },
+        success: {
+          message: () => trans.__('%1 has %2.', agent, what),
+          options: { autoClose: 5_000 }
+        },
         error: { message: error => problemOf(error).message }
       }
     );
@@ -302,7 +305,7 @@ function Main({ panel }: { panel: AgentsPanel }): JSX.Element {
     run: trans.__('Run'),
     files: trans.__('Files'),
     changes: trans.__('Changes'),
-    environment: trans.__('Environment')
+    environment: trans.__('Variables')
   };
   const hidden = (tab: Tab) => panel.tab !== tab;
   return (
