@@ -9,7 +9,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "jupyter_agents"
 
-# From the way in to the ground: a module imports only from later ones. The client's side shares nothing with the server's.
+# From the way in to the ground: a module imports only from later ones. The client's side shares nothing with it.
 LAYERS = [
     "app", "hub", "handlers", "workspaces", "workspace", "runs", "run", "agents", "link", "settings", "contract",
     "claude", "agentctl", "environment", "docker_engine", "engine", "errors",

@@ -20,7 +20,7 @@ import type {
 import { Transcript } from './transcript';
 
 /** Seconds of memory use that are kept for the plot. */
-export const MEMORY_SECONDS = 300;
+const MEMORY_SECONDS = 300;
 
 /** A transcript is drawn at most this often while it grows, in milliseconds. */
 const REDRAW_MS = 100;

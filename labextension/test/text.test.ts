@@ -9,6 +9,7 @@ import {
   formatDuration,
   plain
 } from '../src/format';
+import { isRemote } from '../src/untrusted';
 
 const trans = nullTranslator.load('jupyter_agents');
 
@@ -85,5 +86,23 @@ describe('text', () => {
     }
     expect(envNameError('API_KEY', trans)).toBe('');
     expect(envNameError('1A', trans)).not.toBe('');
+  });
+});
+
+describe('isRemote', () => {
+  it('tells what would be fetched from elsewhere', () => {
+    for (const url of [
+      'https://a.example/p?q=secret',
+      '//a.example/p',
+      '/\\a.example/p',
+      ' h\nttps://a.example',
+      'data:text/html,x',
+      'blob:x'
+    ]) {
+      expect(isRemote(url)).toBe(true);
+    }
+    for (const url of ['plot.png', '/plot.png', './a:b', 'data:image/png,x']) {
+      expect(isRemote(url)).toBe(false);
+    }
   });
 });

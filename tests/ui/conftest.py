@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import docker
+import nbformat
 import pytest
 import requests
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-
 from conftest import ROOT, clean_up
+from nbformat.v4 import new_code_cell, new_notebook
+from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright
 
 IMAGES = ROOT / "docs" / "images"
 FLAGS = [
@@ -58,10 +59,14 @@ class Lab:
         for section, values in config.items():
             settings.setdefault(section, {}).update(values)
         (folder / "config.json").write_text(json.dumps(settings))
-        # Lab's question whether one wants its news would lie over the panel.
-        notification = folder / "CONFIG/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-        notification.parent.mkdir(parents=True)
-        notification.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        # Lab's questions, whether one wants its news and which kernel, would lie over what is looked at.
+        for name, values in {
+            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+            "notebook-extension/tracker": {"autoStartDefaultKernel": True},
+        }.items():
+            path = folder / f"CONFIG/lab/user-settings/@jupyterlab/{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(values))
         self._app = app
         self.start()
 
@@ -90,9 +95,7 @@ class Lab:
 
     def call(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         headers = {"Authorization": f"token {self.token}"}
-        return requests.request(
-            method, f"{self.url}/jupyter-agents/{path}", headers=headers, timeout=120, **kwargs
-        )
+        return requests.request(method, f"{self.url}/jupyter-agents/{path}", headers=headers, timeout=120, **kwargs)
 
     def clear(self) -> None:
         """Remove all agents."""
@@ -137,6 +140,13 @@ def start_lab(
         clean_up(docker_api, lab.user)
 
 
+def notebook(*cells: str) -> str:
+    """A notebook file with these cells, for Python."""
+    made = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    made.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return str(nbformat.writes(made))
+
+
 @pytest.fixture(scope="module")
 def the_lab(start_lab: Callable[..., Lab]) -> Lab:
     return start_lab()
@@ -155,14 +165,21 @@ class View:
         options = {"viewport": {"width": 1360, "height": 900}, **options}
         self.page: Page = browser.new_context(**options).new_page()
         self.errors: list[str] = []
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("pageerror", lambda error: self.errors.append(f"{error} {getattr(error, 'stack', '')}"))
         self.lab = lab
         self.open(path)
 
     def open(self, path: str = "lab") -> None:
         # The token goes once, for the cookie, so that what follows is as with any user's browser.
-        self.page.goto(f"{self.lab.url}/login?token={self.lab.token}")
-        self.page.goto(f"{self.lab.url}/{path}")
+        for address in (f"login?token={self.lab.token}", path):
+            # Chromium gives up what it loads when some container's network interface appears or goes.
+            for attempt in range(3):
+                try:
+                    self.page.goto(f"{self.lab.url}/{address}")
+                    break
+                except Error as error:
+                    if "ERR_NETWORK_CHANGED" not in str(error) or attempt == 2:
+                        raise
         self.page.wait_for_selector("#jp-main-dock-panel, #main-panel", timeout=90 * SECONDS)
 
     def __getitem__(self, selector: str) -> Locator:
@@ -222,7 +239,7 @@ class View:
 
 @pytest.fixture
 def look(browser: Browser, lab: Lab) -> Iterator[Callable[..., View]]:
-    """Open tabs on the panel. No page may throw an error."""
+    """Open tabs on the panel. None of our code may throw an error in them."""
     opened: list[View] = []
 
     def view(path: str = "lab?reset", **options: Any) -> View:
@@ -230,7 +247,7 @@ def look(browser: Browser, lab: Lab) -> Iterator[Callable[..., View]]:
         return opened[-1]
 
     yield view
-    errors = [error for one in opened for error in one.errors]
+    errors = [error for one in opened for error in one.errors if "jupyter-agents" in error]
     for one in opened:
         one.close()
     assert errors == []

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from playwright.sync_api import Browser, expect
 
-from conftest import ROOT
-from .conftest import Lab, View
+from .conftest import Lab, View, notebook
 
 Look = Callable[..., View]
 
@@ -93,7 +92,6 @@ def test_the_server_dies_and_comes_back_in_mid_run(look: Look, lab: Lab) -> None
     expect(view["scroller"]).to_contain_text("arrived")
     text = view["scroller"].inner_text()
     assert text.count("arrived") == 2  # in the prompt and in the answer: nothing came twice
-    view.errors = [error for error in view.errors if error != "Failed to fetch"]  # JupyterLab's own calls
 
 
 def test_memory_is_shown_and_its_end_told(look: Look, lab: Lab) -> None:
@@ -122,7 +120,9 @@ def test_limits_say_why_a_control_is_off(look: Look, lab: Lab) -> None:
         assert lab.call("POST", f"agents/a{number}/runs", json={"prompt": "[[sleep 60]]"}).status_code == 201
     view["agent-select"].filter(has_text="a5").click()
     view["prompt-text"].fill("one more")
-    expect(view["#jp-agents-prompt-hint"]).to_contain_text("3 of 3 runs are active. Wait for one or stop it: a0, a1, a2.")
+    expect(view["#jp-agents-prompt-hint"]).to_contain_text(
+        "3 of 3 runs are active. Wait for one or stop it: a0, a1, a2."
+    )
     expect(view["run"]).to_be_disabled()
     view.page.get_by_label("Remove a0").click()
     dialog = view.page.locator(".jp-Dialog")
@@ -143,7 +143,9 @@ def test_hostile_output_is_text(look: Look) -> None:
     assert not any(href.strip().lower().startswith(("javascript:", "data:text")) for href in hrefs)
     assert view["scroller"].locator("script, iframe, object, embed, [onerror], [onclick]").count() == 0
     for link in view["scroller"].locator("a").all():
-        link.evaluate("link => link.dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true, ctrlKey: true}))")
+        link.evaluate(
+            "link => link.dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true, ctrlKey: true}))"
+        )
     assert "\x1b" not in view["scroller"].inner_text()
     assert view.page.title() == title
     assert "pwned" not in title
@@ -154,8 +156,15 @@ def test_much_output_does_not_freeze_the_tab(look: Look) -> None:
     view = look()
     view.create("much")
     view.page.evaluate(
-        "() => { window.worst = 0; let last = performance.now();"
-        " setInterval(() => { const now = performance.now(); window.worst = Math.max(window.worst, now - last); last = now; }, 20); }"
+        """() => {
+        window.worst = 0;
+        let last = performance.now();
+        setInterval(() => {
+            const now = performance.now();
+            window.worst = Math.max(window.worst, now - last);
+            last = now;
+        }, 20);
+        }"""
     )
     view.run("[[events 10000]]")
     expect(view["scroller"]).to_contain_text("0000000")
@@ -296,8 +305,7 @@ def test_commands_and_insertion_into_a_notebook(look: Look) -> None:
 
 
 def test_notebook_7(look: Look, lab: Lab) -> None:
-    empty = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    (lab.work / "seven.ipynb").write_text(json.dumps(empty))
+    (lab.work / "seven.ipynb").write_text(notebook(""))
     view = look("notebooks/seven.ipynb")
     view.create("seven")
     view.run("[[say it works here too]]")

@@ -87,9 +87,9 @@ function Agent(props: { agent: IAgent; onRemove: () => void }): JSX.Element {
   if (agent.state === 'running') {
     const memory = agent.run && model.workspace?.memory?.runs[agent.run];
     status = [
-      agent.activity || trans.__('Running'),
       run && formatDuration(now - run.started),
-      memory && formatBytes(memory)
+      memory && formatBytes(memory),
+      agent.activity || trans.__('Running')
     ]
       .filter(part => part)
       .join(' · ');

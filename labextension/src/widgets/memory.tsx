@@ -1,6 +1,5 @@
 import * as React from 'react';
 import { formatBytes } from '../format';
-import { MEMORY_SECONDS } from '../model';
 import type { IMemory } from '../tokens';
 import { useAgents } from './common';
 
@@ -99,10 +98,12 @@ function Plot(props: {
   const { trans } = useAgents();
   const { samples, limit } = props;
   const end = samples[samples.length - 1].time;
+  // The first minute fills the plot; then more and more fits into it.
+  const minutes = Math.max(1, Math.ceil((end - samples[0].time) / 60));
   const y = (bytes: number) => 100 - Math.min(100, (100 * bytes) / limit);
   const points = samples.map(
     ({ time, used_bytes }) =>
-      `${(100 * (1 + (time - end) / MEMORY_SECONDS)).toFixed(2)},${y(used_bytes).toFixed(2)}`
+      `${(100 * (1 + (time - end) / (60 * minutes))).toFixed(2)},${y(used_bytes).toFixed(2)}`
   );
   const first = points[0].split(',')[0];
   const uses = samples.map(sample => sample.used_bytes);
@@ -112,9 +113,10 @@ function Plot(props: {
       viewBox="0 0 100 100"
       preserveAspectRatio="none"
       role="img"
-      aria-label={trans.__(
+      aria-label={trans._n(
+        'Memory in the last minute: between %2 and %3',
         'Memory in the last %1 minutes: between %2 and %3',
-        MEMORY_SECONDS / 60,
+        minutes,
         formatBytes(Math.min(...uses)),
         formatBytes(Math.max(...uses))
       )}

@@ -118,7 +118,9 @@ export class AgentsPanel extends Panel {
     const target = (event.target as HTMLElement)
       .closest('[data-agent]')
       ?.getAttribute('data-agent');
-    const files = event.type.startsWith('lm-')
+    // JupyterLab's own drags come as `lm-` events, which are DragEvents too.
+    const own = event.type.startsWith('lm-');
+    const files = own
       ? (event as Drag.Event).mimeData.hasData(PATHS_MIME)
       : (event as DragEvent).dataTransfer?.types.includes('Files');
     this._mark(null);
@@ -130,16 +132,14 @@ export class AgentsPanel extends Panel {
     if (event.type.endsWith('over')) {
       this._mark(target);
     }
-    if (event instanceof DragEvent) {
-      if (event.type === 'drop' && event.dataTransfer) {
-        this._give(target, event.dataTransfer.files);
-      }
-    } else {
+    if (own) {
       const drag = event as Drag.Event;
       drag.dropAction = drag.proposedAction;
       if (drag.type === 'lm-drop') {
         this._give(target, drag.mimeData.getData(PATHS_MIME));
       }
+    } else if (event.type === 'drop') {
+      this._give(target, (event as DragEvent).dataTransfer!.files);
     }
   }
 

@@ -11,6 +11,7 @@ import {
 } from '@jupyterlab/ui-components';
 import * as React from 'react';
 import { codeIn, Item, IToolItem } from '../transcript';
+import { withoutFetching } from '../untrusted';
 import {
   CopyButton,
   IconButton,
@@ -72,6 +73,7 @@ export function TranscriptView(props: {
   const registry = React.useMemo(
     () =>
       rendermime.clone({
+        sanitizer: withoutFetching(rendermime.sanitizer),
         resolver: new RenderMimeRegistry.UrlResolver({
           path: `agents:${props.agent}/_`,
           contents
