@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,9 @@ from jupyter_agents.docker_engine import LABEL
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 pytest_plugins = ["pytest_jupyter.jupyter_server"]
+
+# Whoever is started in the background, as by some CI, ignores interrupts, and so would the kernels that we interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Api = Callable[..., Awaitable[tuple[int, Any]]]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
+import nbformat
+from conftest import ROOT
 from playwright.sync_api import expect
 
 from .conftest import SECONDS, Lab, View, notebook
@@ -12,10 +15,17 @@ Look = Callable[..., View]
 
 
 def opened(look: Look, lab: Lab, name: str, *cells: str) -> View:
-    (lab.work / f"{name}.ipynb").write_text(notebook(*cells))
+    return run_all(look, lab, name, notebook(*cells))
+
+
+def run_all(look: Look, lab: Lab, name: str, content: str) -> View:
+    (lab.work / f"{name}.ipynb").write_text(content)
     view = look(f"lab/tree/{name}.ipynb?reset")
-    expect(view.page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(cells))
-    expect(view.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible(timeout=90 * SECONDS)
+    expect(view.page.locator(".jp-Notebook .jp-Cell").first).to_be_visible()
+    view.page.wait_for_function(
+        "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+        timeout=90 * SECONDS,
+    )
     view.command("notebook:run-all-cells")
     return view
 
@@ -58,3 +68,31 @@ def test_the_panel_of_ipywidgets(look: Look, lab: Lab) -> None:
     expect(panel).to_contain_text("hello from a widget")
     expect(panel).to_contain_text("succeeded")
     view.picture("widgets")
+
+
+def test_the_demo_runs_from_top_to_bottom(look: Look, lab: Lab) -> None:
+    """The main job: a notebook in a real server runs the real CLI in a real container, and reads back what it wrote."""
+    demo = nbformat.read(ROOT / "demo" / "demo.ipynb", as_version=4)
+    view = run_all(look, lab, "demo", nbformat.writes(demo))
+    ran = sum(cell.cell_type == "code" for cell in demo.cells)
+    # JupyterLab draws only the cells in sight, but its model has them all.
+    view.page.wait_for_function(
+        "count => [...window.jupyterapp.shell.currentWidget.content.model.cells]"
+        ".filter(cell => cell.executionCount).length === count",
+        arg=ran,
+        timeout=120 * SECONDS,
+    )
+    view.command("docmanager:save")
+    expect(view.page.locator(".jp-mod-dirty")).to_have_count(0)
+    cells = nbformat.read(lab.work / "demo.ipynb", as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    text = json.dumps(outputs)
+    for expected in (
+        "The model is SCRIPTED",
+        "2 3 5 7 11 13 17 19 23 29",
+        "def primes(count)",
+        "'column': 'temperature'",
+        "Your first prompt",
+    ):
+        assert expected in text, expected

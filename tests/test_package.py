@@ -1,0 +1,62 @@
+"""The wheel, installed like any other, outside the repository and without Node."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    # The front end is built, so that the build hook has nothing to do.
+    environment = {**os.environ, "HATCH_JUPYTER_BUILDER_SKIP_NPM": "1"}
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(ROOT)]
+    subprocess.run(command, check=True, env=environment)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_what_is_needed_and_one_version(wheel: Path) -> None:
+    version = json.loads((ROOT / "labextension" / "package.json").read_text())["version"]
+    assert wheel.name.startswith(f"jupyter_agents-{version}-py3-none-any")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    data = f"jupyter_agents-{version}.data/data"
+    assert {
+        "jupyter_agents/openapi.yaml",
+        "jupyter_agents/audit.yaml",
+        "jupyter_agents/image/Dockerfile",
+        "jupyter_agents/image/agentctl",
+        f"{data}/share/jupyter/labextensions/jupyter-agents/package.json",
+        f"{data}/etc/jupyter/jupyter_server_config.d/jupyter_agents.json",
+    } <= names
+    assert not [name for name in names if "node_modules" in name or name.startswith(("tests", "labextension"))]
+
+
+def test_a_clean_environment_without_node(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", str(wheel), "jupyterlab"], check=True, cwd=tmp_path)
+    # Nothing of the repository, of this environment or of Node is to be found from there.
+    variables = {"PATH": f"{environment / 'bin'}:/nowhere", "HOME": str(tmp_path), "LANG": "C.UTF-8"}
+
+    def told(*command: str) -> str:
+        done = subprocess.run(
+            [python, "-m", *command], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120
+        )
+        return done.stdout + done.stderr
+
+    assert "node" not in os.listdir(environment / "bin")
+    lab = told("jupyter", "labextension", "list")
+    assert any("jupyter-agents" in line and "enabled" in line and "OK" in line for line in lab.splitlines()), lab
+    server = told("jupyter", "server", "extension", "list")
+    assert any("jupyter_agents" in line and "enabled" in line for line in server.splitlines()), server
+    where = told("jupyter_agents.cli", "--help")
+    assert "doctor" in where
