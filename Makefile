@@ -60,6 +60,7 @@ clean:
 .dev/lab: .dev/venv $(front_end)
 	$(jlpm) install --immutable > ../.dev/jlpm.log
 	$(jlpm) build:prod
+	@du -sh jupyter_agents/labextension/static
 	@rm -rf .venv/share/jupyter/labextensions/jupyter-agents
 	@mkdir -p .venv/share/jupyter/labextensions
 	@ln -s ../../../../jupyter_agents/labextension .venv/share/jupyter/labextensions/jupyter-agents

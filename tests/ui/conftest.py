@@ -39,8 +39,10 @@ expect.set_options(timeout=45 * SECONDS)
 class Lab:
     """A JupyterLab server that can die and come back at the same address."""
 
-    def __init__(self, user: str, folder: Path, app: str = "jupyterlab", **config: Any):
+    def __init__(self, user: str, folder: Path, environment: Path = Path(sys.prefix), **config: Any):
+        """`environment` is where Python and all packages are, and all that its PATH leads to."""
         self.user = user
+        self._bin = environment / "bin"
         self.folder = folder
         self.work = folder / "work"
         self.work.mkdir()
@@ -67,14 +69,15 @@ class Lab:
             path = folder / f"CONFIG/lab/user-settings/@jupyterlab/{name}.jupyterlab-settings"
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps(values))
-        self._app = app
         self.start()
 
     def start(self) -> None:
         places = {f"JUPYTER_{name}_DIR": str(self.folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-        command = [sys.executable, "-m", self._app, f"--config={self.folder / 'config.json'}"]
+        command = [self._bin / "python", "-m", "jupyterlab", f"--config={self.folder / 'config.json'}"]
         with (self.folder / "log").open("a") as log:
-            self.process = subprocess.Popen(command, env={**os.environ, **places}, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command, env={**os.environ, **places, "PATH": str(self._bin)}, cwd=self.folder, stdout=log, stderr=log
+            )
         deadline = time.monotonic() + 60
         while True:
             try:

@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from playwright.sync_api import Browser, expect
+
+from .conftest import Lab, View
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,9 @@ def test_the_wheel_holds_what_is_needed_and_one_version(wheel: Path) -> None:
     assert not [name for name in names if "node_modules" in name or name.startswith(("tests", "labextension"))]
 
 
-def test_a_clean_environment_without_node(wheel: Path, tmp_path: Path) -> None:
+def test_a_clean_environment_without_node(
+    wheel: Path, tmp_path: Path, browser: Browser, start_lab: Callable[..., Lab]
+) -> None:
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
@@ -54,9 +60,14 @@ def test_a_clean_environment_without_node(wheel: Path, tmp_path: Path) -> None:
         return done.stdout + done.stderr
 
     assert "node" not in os.listdir(environment / "bin")
-    lab = told("jupyter", "labextension", "list")
-    assert any("jupyter-agents" in line and "enabled" in line and "OK" in line for line in lab.splitlines()), lab
-    server = told("jupyter", "server", "extension", "list")
-    assert any("jupyter_agents" in line and "enabled" in line for line in server.splitlines()), server
-    where = told("jupyter_agents.cli", "--help")
-    assert "doctor" in where
+    front_ends = told("jupyter", "labextension", "list").splitlines()
+    assert any("jupyter-agents" in line and "enabled" in line and "OK" in line for line in front_ends), front_ends
+    extensions = told("jupyter", "server", "extension", "list").splitlines()
+    assert any("jupyter_agents" in line and "enabled" in line for line in extensions), extensions
+    lab = start_lab(environment=environment)
+    lab.call("POST", "workspace")
+    view = View(browser, lab).show()
+    view.create("packed")
+    view.run("[[say it works from a wheel]]")
+    expect(view["text"]).to_contain_text("it works from a wheel")
+    view.close()
