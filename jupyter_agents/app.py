@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import getpass
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
+from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.extension.application import ExtensionApp
 from traitlets import Unicode, default
 
@@ -50,6 +52,11 @@ class JupyterAgents(ExtensionApp):
             os.environ["JUPYTER_AGENTS_TOKEN"] = token
             return
         assert self.serverapp is not None and self.serverapp.event_logger is not None
+        identity = self.serverapp.identity_provider
+        if isinstance(identity, PasswordIdentityProvider) and identity.auth_enabled and not identity.token:
+            # Kernels don't know the password. This token is as good as what a server has by default, and in the same
+            # file, which only its user can read.
+            identity.token = secrets.token_hex(24)
         self.serverapp.event_logger.register_event_schema(AUDIT_SCHEMA)
         self.workspaces = Workspaces(parent=self, audit=self._audit)
         self.settings["jupyter_agents"] = lambda user: self.workspaces.get(self.user)

@@ -90,7 +90,7 @@ class Client:
             ours = _is_ours(info)
             if not (ours or any_server):
                 break
-            # A password server has no token; its extension gives one to its kernels by their environment.
+            # On a Hub the server has no token of its own; its extension gives the Hub's to its kernels.
             token = info.get("token") or (os.environ.get("JUPYTER_AGENTS_TOKEN", "") if ours else "")
             client = cls(_address(info), token, verify=False)
             try:
