@@ -111,6 +111,7 @@ class DockerExec:
             pass  # the connection ended, or `close` ended it
         finally:
             self._call(self.stdout.feed_eof)
+            self._shut_down()  # who still writes to what has ended would wait for ever
             self._file._response.close()
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
@@ -136,6 +137,9 @@ class DockerExec:
     def close(self) -> None:
         self._closed = True
         self._may_read.set()
+        self._shut_down()
+
+    def _shut_down(self) -> None:
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:

@@ -98,12 +98,15 @@ class Run:
     def conclude(self, end: claude.Event, result: claude.Event, stderr: bytes, memory_bytes: int) -> None:
         """Settle how it ended, from its `run_end` event, Claude's `result` event (or none) and standard error."""
         self.activity = None
-        self.ended = claude.number(end.get("ended")) or time.time()
         self.oom_kills = int(claude.number(end.get("oom_kills")) or 0)
         self.peak_bytes = int(claude.number(end.get("peak_bytes")) or 0) or None
         if result["type"] == "result":
             self.result = claude.result(result)
             self.session_id = self.result["session_id"] or self.session_id
+        # The end is in whole seconds, so that it may seem to lie before the start.
+        took = (self.result and self.result["duration"]) or 0
+        now = time.time()
+        self.ended = max(claude.number(end.get("ended")) or now, min(self.started + took, now))
         self.state, reason, message = self._outcome(end, result, stderr, memory_bytes)
         self.error = {"reason": reason, "message": message} if reason else None
 
