@@ -98,7 +98,7 @@ def test_memory_is_shown_and_its_end_told(look: Look, lab: Lab) -> None:
     view = look()
     view.create("greedy")
     expect(view["memory-figures"]).to_have_text(re.compile(r"\d+ MB of 1 GB"))
-    view.prompt("[[allocate 640 8]]")
+    view.prompt("[[allocate 690 8]]")
     expect(view["memory-level"]).to_contain_text("High: further runs may not fit")
     expect(view["shares"]).to_contain_text("greedy")
     expect(view[".jp-agents-memory"]).to_have_attribute("data-level", "warning")
