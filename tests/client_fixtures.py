@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +13,14 @@ from jupyter_agents.client import Client
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str) -> Path:
     """Jupyter's directories, and a workspace, for this test alone."""
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     for name in ("JPY_PARENT_PID", "JUPYTER_SERVER_URL", "JUPYTER_AGENTS_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    config = {"JupyterAgents": {"user": f"test-{secrets.token_hex(4)}"}}
+    config = {"JupyterAgents": {"user": user}}
     (tmp_path / "JUPYTER_CONFIG_DIR" / "jupyter_server_config.json").write_text(json.dumps(config))
     return tmp_path
 

@@ -174,16 +174,16 @@ class View:
 
     def open(self, path: str = "lab") -> None:
         # The token goes once, for the cookie, so that what follows is as with any user's browser.
-        for address in (f"login?token={self.lab.token}", path):
-            # Chromium gives up what it loads when some container's network interface appears or goes.
-            for attempt in range(3):
-                try:
-                    self.page.goto(f"{self.lab.url}/{address}")
-                    break
-                except Error as error:
-                    if "ERR_NETWORK_CHANGED" not in str(error) or attempt == 2:
-                        raise
-        self.page.wait_for_selector("#jp-main-dock-panel, #main-panel", timeout=90 * SECONDS)
+        # Chromium gives up what it loads when some container's network interface appears or goes.
+        for attempt in range(3):
+            try:
+                self.page.goto(f"{self.lab.url}/login?token={self.lab.token}")
+                self.page.goto(f"{self.lab.url}/{path}")
+                self.page.wait_for_selector("#jp-main-dock-panel, #main-panel", timeout=40 * SECONDS)
+                break
+            except Error:
+                if attempt == 2:
+                    raise
 
     def __getitem__(self, selector: str) -> Locator:
         """An element of the panel, by its class after `jp-agents-`, or by any selector."""
