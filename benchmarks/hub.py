@@ -124,9 +124,9 @@ class Mixed(DockerEngine):
         super().__init__(**kwargs)
         self._stand_ins: dict[str, StandIn] = {}
 
-    async def ensure(self, user: str, limits: Limits) -> Container:
+    async def ensure(self, user: str, limits: Limits, image: str | None = None) -> Container:
         if user.startswith("real-"):
-            container = await super().ensure(user, limits)
+            container = await super().ensure(user, limits, image)
             script, out = CLAUDE.replace("$COUNT", str(self.count)).encode(), io.BytesIO()
             with tarfile.open(fileobj=out, mode="w") as tar:
                 info = tarfile.TarInfo("usr/local/bin/claude")
@@ -135,7 +135,7 @@ class Mixed(DockerEngine):
             await super().put(container, out.getvalue())
             return container
         self._stand_ins.setdefault(user, StandIn(self.count))
-        return Container(id=user, name=user, user=user, running=True, started=time.time())
+        return Container(id=user, name=user, user=user, image=self.image, running=True, started=time.time())
 
     async def put(self, container: Container, tar: bytes) -> None:
         if container.user.startswith("real-"):

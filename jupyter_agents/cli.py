@@ -80,6 +80,12 @@ def status(client: Client, args: argparse.Namespace) -> Said:
     return workspace, table(rows)
 
 
+def image(client: Client, args: argparse.Namespace) -> Said:
+    workspace = client.choose_image(args.image) if args.image else client.workspace()
+    rows = [("*" if name == workspace["image"] else "", name) for name in workspace["images"]]
+    return workspace, table(rows)
+
+
 def runs(client: Client, args: argparse.Namespace) -> Said:
     found = client.runs(args.name)
     rows = [
@@ -161,6 +167,9 @@ def add_verbs(commands: Any) -> None:
     verb("list", list_agents, "the agents, and what they do")
     agent(verb("rm", rm, "remove an agent with all its files"))
     verb("status", status, "memory against its cap, limits, active runs")
+    verb("image", image, "the images that you may choose, the present one marked, or choose one").add_argument(
+        "image", metavar="IMAGE", nargs="?", help="make the workspace anew from this one; files stay"
+    )
     agent(verb("runs", runs, "runs, newest first"), nargs="?")
     for name, carry_out, help in (("log", log, "what a run did"), ("stop", stop, "cancel a run")):
         verb(name, carry_out, help).add_argument("run", metavar="RUN|NAME", help="a run, or an agent for its last one")

@@ -112,6 +112,10 @@ class Client:
     def start_workspace(self) -> JSON:
         return self._object("POST", "workspace")
 
+    def choose_image(self, image: str) -> JSON:
+        """Go on with the same files in another of the workspace's `images`, while no run is active."""
+        return self._object("POST", "workspace", json={"image": image})
+
     def stop_workspace(self, volume: bool = False) -> None:
         """Cancel all runs and remove the container; `volume` deletes all files too."""
         self._request("DELETE", "workspace", params={"volume": "1"} if volume else None)

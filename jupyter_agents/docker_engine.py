@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ import requests
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.errors import NotFound as DockerNotFound
 from docker.utils.socket import STDERR, frames_iter
-from traitlets import Int, Unicode, default
+from traitlets import Int, List, Unicode, default
 
 from .engine import Container, Engine, Limits
 from .errors import AgentsError, ContainerGone, DiskFull, Unavailable
@@ -33,6 +34,8 @@ AGENTCTL_SHA256 = hashlib.sha256(AGENTCTL.read_bytes()).hexdigest()
 LABEL = "jupyter-agents.user"
 DEPLOYMENT_LABEL = "jupyter-agents.deployment"
 AGENTCTL_LABEL = "jupyter-agents.agentctl"
+IMAGE_LABEL = "jupyter-agents.image"
+CHOICE = "workspace/.image"  # the folder is root's, so no agent can write it
 CREATE_ATTEMPTS = 150
 
 
@@ -45,23 +48,29 @@ def slug(user: str) -> str:
     return f"{readable}-{hashlib.sha256(user.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def bootstrap() -> bytes:
-    """Tar of what an image that isn't ours lacks: agentctl, and the mount point's mode."""
-    files = [("opt/jupyter-agents", None, 0o755), ("opt/jupyter-agents/agentctl", AGENTCTL, 0o755)]
-    files += [("workspace", None, 0o711)]
+def tar_of_root(*files: tuple[str, bytes | None, int]) -> bytes:
+    """Tar of files that are root's: path, content (None for a folder), mode."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, path, mode in files:
+        for name, data, mode in files:
             info = tarfile.TarInfo(name)
             info.mode = mode
-            if path is None:
+            if data is None:
                 info.type = tarfile.DIRTYPE
                 tar.addfile(info)
             else:
-                data = path.read_bytes()
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def bootstrap() -> bytes:
+    """Tar of what an image that isn't ours lacks: agentctl, and the mount point's mode."""
+    return tar_of_root(
+        ("opt/jupyter-agents", None, 0o755),
+        ("opt/jupyter-agents/agentctl", AGENTCTL.read_bytes(), 0o755),
+        ("workspace", None, 0o711),
+    )
 
 
 def _abandon(starting: Future[tuple[str, Any]]) -> None:
@@ -152,6 +161,9 @@ class DockerEngine(Engine):
     image = Unicode("jupyter-agents:latest", help="Image of the workspaces; `jupyter agents build` makes it.").tag(
         config=True
     )
+    allowed_images = List(
+        Unicode(), help="Images besides `image` that a user may choose for their workspace. Empty: none."
+    ).tag(config=True)
     deployment = Unicode(
         help="Tells the workspaces of several Hubs and servers on one Docker engine apart: each sees only its own."
     ).tag(config=True)
@@ -212,7 +224,7 @@ class DockerEngine(Engine):
     def _explain(self, error: DockerException) -> AgentsError:
         text = getattr(error, "explanation", None) or str(error)
         if isinstance(error, ImageNotFound):
-            return self._no_image()
+            return self._no_image(self.image)
         if isinstance(error, APIError) and error.response is not None:
             if "no space left" in text.lower() or "disk quota exceeded" in text.lower():
                 return DiskFull("The workspace's disk is full: delete files or agents to make room.", "disk_full")
@@ -236,24 +248,34 @@ class DockerEngine(Engine):
             "sudo systemctl start docker",
         )
 
-    def _no_image(self) -> AgentsError:
+    def _no_image(self, image: str) -> AgentsError:
+        if image != self.image:
+            others = ", ".join(other for other in self.images if other != image)
+            return Unavailable(
+                f"The image {image} is missing: choose another one ({others}), or ask your administrator to get it.",
+                "image_missing",
+            )
         return Unavailable(
-            f"The workspace image {self.image} is missing: build it once.",
+            f"The workspace image {image} is missing: build it once.",
             "image_missing",
             "jupyter agents build",
         )
 
     # --- the engine ---------------------------------------------------------------------------------------------
 
-    async def check(self) -> None:
-        await self.call(self._image)
+    @property
+    def images(self) -> list[str]:
+        return list(dict.fromkeys([self.image, *self.allowed_images]))
 
-    def _image(self, api: docker.APIClient) -> dict[str, Any]:
+    async def check(self) -> None:
+        await self.call(lambda api: self._inspect(api, self.image))
+
+    def _inspect(self, api: docker.APIClient, image: str) -> dict[str, Any]:
         try:
-            image: dict[str, Any] = api.inspect_image(self.image)
+            about: dict[str, Any] = api.inspect_image(image)
         except DockerNotFound:
-            raise self._no_image() from None
-        return image
+            raise self._no_image(image) from None
+        return about
 
     async def containers(self, user: str | None = None) -> list[Container]:
         return await self.call(lambda api: [self._container(c) for c in self._find(api, user)])
@@ -269,28 +291,34 @@ class DockerEngine(Engine):
     def _name(self, user: str) -> str:
         return f"workspace-{slug(f'{self.deployment}/{user}' if self.deployment else user)}"
 
-    def _container(self, found: dict[str, Any], image_id: str | None = None, new: bool = False) -> Container:
+    def _container(self, found: dict[str, Any], present: tuple[str, str] | None = None, new: bool = False) -> Container:
+        """`present`: name and id of the image that it should be made from."""
+        image = found["Labels"].get(IMAGE_LABEL, self.image)
         return Container(
             id=found["Id"],
             name=found["Names"][0].lstrip("/") if found["Names"] else found["Id"][:12],
             user=found["Labels"][LABEL],
+            image=image,
             running=found["State"] == "running",
             started=float(found["Created"]),  # it is started as soon as it is made, and never again
-            outdated=image_id not in (None, found["ImageID"]),
+            outdated=present not in (None, (image, found["ImageID"])),
             new=new,
         )
 
-    async def ensure(self, user: str, limits: Limits) -> Container:
-        return await self.call(lambda api: self._ensure(api, user, limits))
+    async def ensure(self, user: str, limits: Limits, image: str | None = None) -> Container:
+        return await self.call(lambda api: self._ensure(api, user, limits, image))
 
-    def _ensure(self, api: docker.APIClient, user: str, limits: Limits) -> Container:
-        image, new = self._image(api), False
+    def _ensure(self, api: docker.APIClient, user: str, limits: Limits, image: str | None) -> Container:
+        new = False
+        if image:
+            self._inspect(api, image)  # what is missing can't be chosen
         for _ in range(CREATE_ATTEMPTS):
             found = self._find(api, user)
             if found and found[0]["State"] == "running":
                 if found[0]["Labels"].get(AGENTCTL_LABEL) != AGENTCTL_SHA256:
                     api.put_archive(found[0]["Id"], "/", bootstrap())
-                return self._container(found[0], image["Id"], new)
+                chosen = self._choice(api, found[0]["Id"], image)
+                return self._container(found[0], (chosen, self._inspect(api, chosen)["Id"]), new)
             if found and found[0]["State"] == "created" and time.time() - found[0]["Created"] < 10:
                 time.sleep(0.1)  # another server is just making it
                 continue
@@ -298,7 +326,12 @@ class DockerEngine(Engine):
                 self._discard(api, leftover["Id"])
             try:
                 volume = self._volume(api, user)
-                api.start(self._create(api, user, limits, image, volume or self._name(user)))
+                made = self._create(api, user, limits, self.image, volume or self._name(user))
+                chosen = self._choice(api, made, image)
+                if chosen != self.image:
+                    self._discard(api, made)
+                    made = self._create(api, user, limits, chosen, volume or self._name(user))
+                api.start(made)
                 new = volume is None
             except DockerNotFound as e:
                 if "network" not in str(e.explanation):
@@ -310,18 +343,35 @@ class DockerEngine(Engine):
                 time.sleep(0.1)  # another server was faster, or the engine is still removing the last one
         raise Unavailable(f"Docker keeps refusing to make the container {self._name(user)}.", "engine_unavailable")
 
-    def _create(self, api: docker.APIClient, user: str, limits: Limits, image: dict[str, Any], volume: str) -> str:
+    def _choice(self, api: docker.APIClient, container: str, image: str | None) -> str:
+        """The image that the user chose, or chooses now; it is kept in the volume. No need that the container runs."""
+        if image:
+            api.put_archive(container, "/", tar_of_root((CHOICE, image.encode(), 0o600)))
+            return image
+        if not self.allowed_images:
+            return self.image
+        try:
+            stream, _ = api.get_archive(container, f"/{CHOICE}", chunk_size=512)
+            with tarfile.open(fileobj=io.BytesIO(b"".join(islice(stream, 16)))) as tar:
+                file = next((tar.extractfile(member) for member in tar if member.isreg()), None)
+                chosen = file.read() if file else b""
+        except (DockerNotFound, tarfile.TarError):
+            return self.image
+        return next((image for image in self.images if image.encode() == chosen), self.image)
+
+    def _create(self, api: docker.APIClient, user: str, limits: Limits, image: str, volume: str) -> str:
+        about = self._inspect(api, image)
         labels = {LABEL: user, DEPLOYMENT_LABEL: self.deployment}
         api.create_volume(volume, labels=labels)
         made = api.create_container(
-            self.image,
+            image,
             # Somebody whom no agent is and whose files nobody has; what works here is started by exec.
             user="65534:65534",
             command=["tail", "-f", "/dev/null"],
             entrypoint=[],
             name=self._name(user),
             hostname="workspace",
-            labels={**labels, AGENTCTL_LABEL: AGENTCTL_SHA256},
+            labels={**labels, AGENTCTL_LABEL: AGENTCTL_SHA256, IMAGE_LABEL: image},
             host_config=api.create_host_config(
                 mem_limit=limits.memory_bytes,
                 memswap_limit=limits.memory_bytes,  # by default Docker allows as much swap again
@@ -335,7 +385,7 @@ class DockerEngine(Engine):
                 log_config=docker.types.LogConfig(type="none"),
             ),
         )["Id"]
-        own = (image["Config"].get("Labels") or {}).get(AGENTCTL_LABEL)
+        own = (about["Config"].get("Labels") or {}).get(AGENTCTL_LABEL)
         if own != AGENTCTL_SHA256:
             api.put_archive(made, "/", bootstrap())
         return str(made)

@@ -24,7 +24,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Container:
-    """A workspace's container. `outdated`: made from another image than the engine's present one.
+    """A workspace's container. `image`: name of what it was made from; `outdated`: that is another one by now.
 
     `new`: just made, and on a volume that was empty.
     """
@@ -32,6 +32,7 @@ class Container:
     id: str
     name: str
     user: str
+    image: str
     running: bool
     started: float
     outdated: bool = False
@@ -65,13 +66,22 @@ class Engine(LoggingConfigurable):
         """The CA bundle that runs need in the workspaces' network, in PEM; empty for none."""
         return b""
 
+    @property
+    @abstractmethod
+    def images(self) -> list[str]:
+        """Names of the images that users may choose from, the one that they have by default first."""
+
     @abstractmethod
     async def check(self) -> None:
         """Raise what is wrong with the engine or the image, if anything."""
 
     @abstractmethod
-    async def ensure(self, user: str, limits: Limits) -> Container:
-        """The user's running container: the one that there is, or a new one on the user's volume."""
+    async def ensure(self, user: str, limits: Limits, image: str | None = None) -> Container:
+        """The user's running container: the one that there is, or a new one on the user's volume.
+
+        `image`: one of `images`, which is the user's choice from now on. It is kept in the volume, and holds as long as
+        it is one of `images`; a container that runs already is then `outdated`.
+        """
 
     @abstractmethod
     async def containers(self, user: str | None = None) -> list[Container]:

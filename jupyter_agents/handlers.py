@@ -130,6 +130,9 @@ class WorkspaceHandler(ApiHandler):
     @web.authenticated
     @authorized
     async def post(self) -> None:
+        body = contract.check("startWorkspace", self.body()) if self.request.body else {}
+        if "image" in body:
+            await self.workspace.choose_image(body["image"])
         await self.workspace.connect()
         self.reply(self.workspace.to_dict())
 

@@ -15,7 +15,7 @@ from typing import Any
 from . import agentctl
 from .agents import Agent
 from .engine import Container
-from .errors import AgentsError, ContainerGone
+from .errors import AgentsError, Conflict, ContainerGone, Protected
 from .link import Message
 from .runs import Runs
 from .settings import Settings
@@ -61,6 +61,8 @@ class Workspace(Runs):
             "agents": len(self.agents) if self.container else None,
             "active_runs": len(self.active_runs),
             "started": self.container.started if self.container else None,
+            "image": self.container.image if self.container else None,
+            "images": self.engine.images,
             "problem": self.problem.to_dict() if self.problem else None,
         }
 
@@ -218,6 +220,22 @@ class Workspace(Runs):
                 self.agents.clear()
                 self.runs.clear()
         self._changed()
+
+    async def choose_image(self, image: str) -> None:
+        """Make the container anew from another image, and so from now on. Files stay."""
+        images = self.engine.images
+        if image not in images:
+            raise Protected(f"That image is not allowed: choose one of {', '.join(images)}.", "image_not_allowed")
+        async with self._lock:
+            for container in await self.engine.containers(self.user):
+                if container.running and (self.active_runs or (await self._look_into(container)).supervisors):
+                    raise Conflict(
+                        "Agents are at work: stop their runs or wait for them, then choose the image.", "runs_active"
+                    )
+            await self.engine.ensure(self.user, self.settings.limits_for(self.user), image)
+            self._lost()
+        await self.connect()
+        self.log.info("%s has the image %s now, as its user chose", self.name, image)
 
     # --- what is in it ------------------------------------------------------------------------------------------
 

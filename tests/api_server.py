@@ -76,6 +76,7 @@ class Api:
         self.files: dict[str, dict[str, bytes]] = {}
         self.env: dict[str, dict[str, str]] = {}
         self.diff = ""
+        self.image = "standard"
         self.runs: dict[str, dict[str, Any]] = {}
         self.requests: list[dict[str, Any]] = []
         self.events: dict[str, list[dict[str, Any]]] = {}
@@ -148,6 +149,8 @@ class Api:
             "agents": len(self.agents),
             "active_runs": active,
             "started": 0.0,
+            "image": self.image,
+            "images": ["standard", "scientific"],
             "problem": None,
         }
 
@@ -203,6 +206,10 @@ class Handler(web.RequestHandler):
 class Workspace(Handler):
     def get(self) -> None:
         self.reply(self.api.workspace())
+
+    def post(self) -> None:
+        self.api.image = json.loads(self.request.body)["image"]
+        self.get()
 
 
 class Agents(Handler):

@@ -7,8 +7,8 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import docker
@@ -110,6 +110,14 @@ def output(api: docker.APIClient, container: str, *argv: str, user: str = "0") -
     made = api.exec_create(container, list(argv), user=user)["Id"]
     told: bytes = api.exec_start(made)
     return told.decode()
+
+
+@contextmanager
+def another_name(api: docker.APIClient, user: str) -> Iterator[str]:
+    """The workspace image under another name, as long as a test of this user takes."""
+    api.tag(IMAGE, "jupyter-agents-test", user)
+    yield f"jupyter-agents-test:{user}"
+    api.remove_image(f"jupyter-agents-test:{user}", force=True)
 
 
 def derived_image(api: docker.APIClient, tag: str, files: dict[str, bytes], base: str = IMAGE) -> str:

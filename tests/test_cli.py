@@ -59,6 +59,9 @@ def test_a_day_on_the_command_line(served: Api, capsys: Told, tmp_path: Path, mo
     served.diff = "+x\n"
     assert answer(capsys, "diff", "bot") == {"diff": "+x\n"}
     assert answer(capsys, "status")["limits"]["runs"] == 3
+    assert ok(capsys, "image") == "*  standard\n   scientific"
+    assert ok(capsys, "image", "scientific") == "   standard\n*  scientific"
+    assert answer(capsys, "image")["image"] == "scientific"
     assert answer(capsys, "stop", "bot")["state"] == "succeeded"
     assert answer(capsys, "rm", "bot") is None
 

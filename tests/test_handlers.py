@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import docker
 import pytest
+from helpers import IMAGE, another_name
 from jupyter_server.auth import Authorizer
 from jupyter_server.auth.decorator import authorized, ws_authenticated
 from tornado import web
@@ -280,6 +282,38 @@ async def test_bad_requests(api: Any) -> None:
         assert (answer[0], answer[1].get("reason")) == (status, reason), (verb, path, body and body[:50], answer)
         assert "Traceback" not in answer[1]["message"]
     assert (await api("GET", "runs"))[1] == []
+
+
+class TestAllowedImages:
+    @pytest.fixture
+    def image(self, user: str, docker_api: docker.APIClient) -> Iterator[str]:
+        with another_name(docker_api, user) as image:
+            yield image
+
+    @pytest.fixture
+    def jp_server_config(self, jp_server_config: dict[str, Any], image: str) -> dict[str, Any]:
+        return {**jp_server_config, "DockerEngine": {"allowed_images": [image, "nobody/has-this:1"]}}
+
+    async def test_one_is_chosen(self, api: Any, image: str) -> None:
+        _, told = await api("GET", "workspace")
+        assert (told["image"], told["images"]) == (None, [IMAGE, image, "nobody/has-this:1"])
+        for body, made_from in ((None, IMAGE), ({"image": image}, image), ({}, image), ({"image": IMAGE}, IMAGE)):
+            status, told = await api("POST", "workspace", body)
+            assert (status, told["state"], told["image"]) == (200, "ready", made_from)
+        for body, status, reason in (
+            ({"image": "debian:bookworm-slim"}, 403, "image_not_allowed"),
+            ({"image": "nobody/has-this:1"}, 503, "image_missing"),
+            ({"image": None}, 400, "bad_request"),
+            ({"picture": image}, 400, "bad_request"),
+            ([], 400, "bad_request"),
+        ):
+            code, told = await api("POST", "workspace", body)
+            assert (code, told["reason"]) == (status, reason), body
+        await api("POST", "agents", {"id": "a"})
+        await api("POST", "agents/a/runs", {"prompt": "[[sleep 60]]"})
+        status, told = await api("POST", "workspace", {"image": image})
+        assert (status, told["reason"]) == (409, "runs_active")
+        assert (await api("GET", "workspace"))[1]["image"] == IMAGE
 
 
 async def test_unknown_paths_and_verbs(api: Any) -> None:

@@ -25,7 +25,6 @@ from jupyter_agents.magic import CellView, variable_file
 from jupyter_agents.transcript import Text, Tool, Transcript
 
 pytest_plugins = ["client_fixtures"]
-VERBS = ("create", "list", "rm", "status", "runs", "log", "stop", "env", "files", "get", "put", "diff", "panel")
 
 
 @pytest.fixture
@@ -75,6 +74,7 @@ def test_help(shell: InteractiveShell, capsys: Told) -> None:
                 "list",
                 "rm",
                 "status",
+                "image",
                 "runs",
                 "log",
                 "stop",
@@ -122,6 +122,7 @@ def test_a_day_with_an_agent(shell: InteractiveShell, served: Api, capsys: Told,
     assert says_of("%agent diff bot") == "The last run changed nothing."
     served.diff = "--- a/x\n+++ b/x\n\x1b[31m-red\n"
     assert says_of("%agent diff bot") == "--- a/x\n+++ b/x\n-red"
+    assert says_of("%agent image scientific") == "   standard\n*  scientific"
     assert says_of("%agent rm bot") == "Agent bot and its files are removed."
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ import docker
 import pytest
 import requests
 import websocket
+from docker.errors import ImageNotFound
 from helpers import (
     IMAGE,
     containers,
+    derived_image,
     end_of,
     eventually,
     finish,
@@ -36,8 +41,7 @@ from helpers import (
 from traitlets.config import Config
 
 from jupyter_agents.docker_engine import DEPLOYMENT_LABEL, LABEL, DockerEngine
-from jupyter_agents.engine import Limits
-from jupyter_agents.errors import Conflict, DiskFull, Unavailable
+from jupyter_agents.errors import Conflict, DiskFull, Protected, Unavailable
 from jupyter_agents.workspace import Workspace
 from jupyter_agents.workspaces import Workspaces
 
@@ -217,7 +221,8 @@ def tag(user: str, docker_api: docker.APIClient) -> Iterator[str]:
     yield tag
     for container in containers(docker_api, user):
         docker_api.remove_container(container["Id"], force=True)
-    docker_api.remove_image(tag, force=True)
+    with suppress(ImageNotFound):  # a test may have removed it, or made none
+        docker_api.remove_image(tag, force=True)
 
 
 def changed_image(api: docker.APIClient, tag: str, script: str) -> None:
@@ -248,6 +253,131 @@ async def test_new_image(user: str, tag: str, docker_api: docker.APIClient) -> N
             assert container.id != first
             assert output(docker_api, container.id, "cat", "/version") == "2\n"
             assert "kept.txt" in await listing(second, "a")
+
+
+# --- the image that a user chooses ----------------------------------------------------------------------------------
+
+
+async def test_no_other_image_may_be_chosen_unless_it_is_allowed(user: str, tag: str) -> None:
+    async with serving(user) as workspace:
+        assert workspace.to_dict()["images"] == [IMAGE]
+        before = await workspace.connect()
+        for image in (tag, "", f"{IMAGE} ", "debian:bookworm-slim"):
+            with pytest.raises(Protected, match=f"choose one of {IMAGE}") as refused:
+                await workspace.choose_image(image)
+            assert (refused.value.status, refused.value.reason) == (403, "image_not_allowed")
+        await workspace.choose_image(IMAGE)
+        assert (await workspace.connect()).id == before.id
+
+
+async def test_a_chosen_image_stays_with_its_files(user: str, tag: str, docker_api: docker.APIClient) -> None:
+    made = derived_image(docker_api, tag, {"/usr/local/bin/extra": b"#!/bin/sh\necho an extra program"})
+    allowed = {"allowed_images": [tag]}
+
+    def image() -> str:
+        (only,) = containers(docker_api, user)
+        return str(only["ImageID"])
+
+    async with serving(user, docker=allowed) as workspace:
+        assert workspace.to_dict()["images"] == [IMAGE, tag]
+        run = await finish(workspace, "a", "[[write kept.txt kept]] [[run extra]]")
+        assert "an extra program" not in text(run)
+        assert workspace.to_dict()["image"] == IMAGE
+        await workspace.choose_image(tag)
+        assert (workspace.to_dict()["image"], image()) == (tag, made)
+        assert "kept.txt" in await listing(workspace, "a")
+        attempt = "[[run extra; cd /workspace; echo x > .image; rm -f .image; mv .image y; cat .image; ls]]"
+        run = await finish(workspace, "a", attempt)
+        assert run.continued
+        assert "an extra program" in text(run)
+        assert text(run).count("Permission denied") == 5
+        assert workspace.container
+        docker_api.remove_container(workspace.container.id, force=True)
+        assert "kept.txt" in await listing(workspace, "a")
+        assert image() == made
+    assert containers(docker_api, user) == []
+    async with serving(user, docker=allowed) as second:
+        assert ((await second.connect()).image, image()) == (tag, made)
+        async with serving(user, docker={"allowed_images": ["some-other:1"]}) as third:
+            assert (await third.connect()).image == IMAGE  # no longer allowed
+            assert "kept.txt" in await listing(third, "a")
+    async with serving(user, docker=allowed) as fourth:
+        assert (await fourth.connect()).image == tag
+        await fourth.choose_image(IMAGE)
+        assert fourth.to_dict()["image"] == IMAGE
+        await fourth.choose_image(tag)
+    async with serving(user) as closed:
+        assert (await closed.connect()).image == IMAGE
+
+
+async def test_no_image_is_chosen_while_a_run_goes_on(user: str, tag: str, docker_api: docker.APIClient) -> None:
+    docker_api.tag(IMAGE, *tag.split(":"))
+    allowed = {"allowed_images": [tag]}
+    async with serving(user, docker=allowed) as workspace, serving(user, docker=allowed) as other:
+        await workspace.create_agent("a")
+        run = await workspace.start_run("a", {"prompt": "[[slow 100 0.2]]"})
+        await seen(workspace, run, "word001")
+        assert workspace.container
+        container = workspace.container.id
+        for each in (workspace, other):  # which has never heard of the run
+            with pytest.raises(Conflict, match="stop their runs or wait") as refused:
+                await each.choose_image(tag)
+            assert refused.value.reason == "runs_active"
+        assert (await other.connect()).id == container
+        assert other.run(run.id).active
+        await workspace.cancel(run.id)
+        await end_of(other, other.run(run.id), 5)
+        await other.choose_image(tag)
+        await workspace.refresh()
+        assert [each.to_dict()["image"] for each in (workspace, other)] == [tag, tag]
+
+
+async def test_a_chosen_image_that_is_missing(user: str, tag: str, docker_api: docker.APIClient) -> None:
+    """Whoever chose it can go back; whoever chooses it keeps what runs."""
+    docker_api.tag(IMAGE, *tag.split(":"))
+    async with serving(user, docker={"allowed_images": [tag]}) as workspace:
+        await workspace.choose_image(tag)  # the first thing that this user does
+        assert workspace.to_dict()["image"] == tag
+        await workspace.create_agent("a")
+        await workspace.stop()
+        docker_api.remove_image(tag)
+        for attempt in (workspace.connect(), workspace.choose_image(tag)):
+            with pytest.raises(Unavailable, match=f"image {tag} is missing: choose another one.*{IMAGE}") as missing:
+                await attempt
+            assert missing.value.reason == "image_missing" and tag in missing.value.message
+            assert containers(docker_api, user) == []
+        assert workspace.to_dict()["problem"]["reason"] == "image_missing"
+        await workspace.choose_image(IMAGE)
+        assert workspace.to_dict()["problem"] is None
+        assert [agent["id"] for agent in workspace.list_agents()] == ["a"]
+        before = workspace.container
+        with pytest.raises(Unavailable):
+            await workspace.choose_image(tag)
+        assert workspace.container == before
+        assert (await workspace.connect()) == before
+
+
+async def test_what_is_no_choice_counts_as_none(user: str, tag: str, docker_api: docker.APIClient) -> None:
+    docker_api.tag(IMAGE, *tag.split(":"))
+    async with serving(user, docker={"allowed_images": [tag]}) as workspace:
+        container = await workspace.connect()
+
+        async def outdated(kind: bytes, data: bytes = b"", target: str = "") -> bool:
+            entry = tarfile.TarInfo("workspace/.image")
+            entry.type, entry.size, entry.linkname = kind, len(data), target
+            out = io.BytesIO()
+            with tarfile.open(fileobj=out, mode="w") as tar:
+                tar.addfile(entry, io.BytesIO(data))
+            output(docker_api, container.id, "rm", "-rf", "/workspace/.image")
+            docker_api.put_archive(container.id, "/", out.getvalue())
+            return (await workspace.engine.ensure(user, workspace.limits)).outdated
+
+        for data in (b"", b"debian:bookworm-slim", b"\xff", tag.encode() + b"\n", tag.encode() + b"\0" * 100_000):
+            assert not await outdated(tarfile.REGTYPE, data)
+        assert not await outdated(tarfile.DIRTYPE)
+        assert not await outdated(tarfile.SYMTYPE, target="/etc/passwd")
+        assert not await outdated(tarfile.FIFOTYPE)
+        assert await outdated(tarfile.REGTYPE, tag.encode())
 
 
 async def test_image_of_ones_own(user: str, tag: str, docker_api: docker.APIClient) -> None:
@@ -528,11 +658,11 @@ async def test_given_up_while_it_starts(user: str, docker_api: docker.APIClient)
 
 
 class SlowForSome(DockerEngine):
-    def _ensure(self, api: docker.APIClient, user: str, limits: Limits) -> Any:
+    def _ensure(self, api: docker.APIClient, user: str, *args: Any) -> Any:
         if user.startswith("slow-"):
             time.sleep(4)
             raise Unavailable("It was too slow.", "engine_unavailable")
-        return super()._ensure(api, user, limits)
+        return super()._ensure(api, user, *args)
 
 
 async def test_slow_engine_holds_up_nobody_else(user: str) -> None:

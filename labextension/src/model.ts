@@ -169,6 +169,14 @@ export class AgentsModel implements IDisposable {
     await request(this.serverSettings, 'workspace', { method: 'POST' });
   }
 
+  /** Make the workspace anew from another image. */
+  async chooseImage(image: string): Promise<void> {
+    await request(this.serverSettings, 'workspace', {
+      method: 'POST',
+      json: { image }
+    });
+  }
+
   async stopWorkspace(): Promise<void> {
     await request(this.serverSettings, 'workspace', { method: 'DELETE' });
   }

@@ -36,6 +36,10 @@ export interface IWorkspace {
   agents: number | null;
   active_runs: number;
   started: number | null;
+  /** Of the running container. */
+  image: string | null;
+  /** What may be chosen, the default first. */
+  images: string[];
   problem: IProblem | null;
 }
 

@@ -41,6 +41,8 @@ const workspace: IWorkspace = {
   agents: 1,
   active_runs: 0,
   started: 1,
+  image: 'standard',
+  images: ['standard'],
   problem: null
 };
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import docker
 import pytest
 from conftest import ROOT
+from helpers import IMAGE, another_name
 from playwright.sync_api import Browser, expect
 
 from .conftest import Lab, View, notebook
@@ -18,6 +20,7 @@ Look = Callable[..., View]
 def test_first_steps_of_a_newcomer(look: Look, lab: Lab) -> None:
     view = look()
     expect(view["agents"]).to_contain_text("Name one, tell it what to do")
+    expect(view["image"]).to_have_count(0)
     view["create-name"].fill("My Agent")
     expect(view["#jp-agents-create-hint"]).to_contain_text("lower-case letters")
     view.create("primes")
@@ -310,6 +313,33 @@ def test_notebook_7(look: Look, lab: Lab) -> None:
     view.create("seven")
     view.run("[[say it works here too]]")
     expect(view["scroller"]).to_contain_text("it works here too")
+
+
+@pytest.fixture
+def other_image(user: str, docker_api: docker.APIClient) -> Iterator[str]:
+    with another_name(docker_api, user) as image:
+        yield image
+
+
+def test_an_allowed_image_is_chosen(browser: Browser, start_lab: Callable[..., Lab], other_image: str) -> None:
+    missing = "nobody/has-this:1"
+    lab = start_lab(DockerEngine={"allowed_images": [other_image, missing]})
+    view = View(browser, lab).show()
+    choice = view["image"].locator("select")
+    view.create("painter")
+    expect(choice).to_have_value(IMAGE)
+    choice.select_option(other_image)
+    expect(choice).to_have_value(other_image)
+    assert lab.call("GET", "workspace").json()["image"] == other_image
+    expect(view["agent-name"]).to_have_text(["painter"])
+    choice.select_option(missing)
+    expect(view["image"]).to_contain_text(f"The image {missing} is missing: choose another one")
+    expect(choice).to_have_value(other_image)
+    view.prompt("[[sleep 60]]")
+    expect(choice).to_be_disabled()
+    view["stop"].click()
+    expect(choice).to_be_enabled()
+    view.close()
 
 
 @pytest.mark.parametrize(

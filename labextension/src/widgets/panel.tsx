@@ -34,6 +34,7 @@ import {
   useNow
 } from './common';
 import { Environment } from './environment';
+import { Image } from './image';
 import { Memory } from './memory';
 import { RunView } from './run';
 
@@ -311,6 +312,7 @@ function Main({ panel }: { panel: AgentsPanel }): JSX.Element {
   return (
     <>
       <Connection />
+      <Image />
       {model.workspace && model.workspace.state !== 'unavailable' && (
         <>
           <Memory />
