@@ -110,15 +110,23 @@ class ApiHandler(AgentsHandler, APIHandler):
         self.finish()
 
     async def stream(self, process: Exec, size: int | None = None) -> None:
-        """Send what a process prints, as fast as the client takes it."""
+        """Send what a process prints, as fast as the client takes it. Cuts the connection if it isn't all."""
         sent = 0
         while chunk := await process.stdout.read(CHUNK):
             sent += len(chunk)
             self.write(chunk)
             await self.flush()
-        if size not in (None, sent):
-            raise StreamClosedError  # the file shrank meanwhile
+        whole = await self._ended_well(process) if size is None else sent == size
+        if not whole:
+            self.request.connection.stream.close()  # type: ignore[union-attr]  # the file shrank, or the container went
+            raise StreamClosedError
         await self.finish(set_content_type=self._headers["Content-Type"])
+
+    async def _ended_well(self, process: Exec) -> bool:
+        try:
+            return await process.wait() in (0, 1)  # 1 is tar's for a file that changed meanwhile
+        except AgentsError:
+            return False
 
 
 class WorkspaceHandler(ApiHandler):

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import docker
 import pytest
 from conftest import Api
-from helpers import output
+from helpers import containers, output
 
 Fetch = Callable[..., Awaitable[Any]]
 Shell = Callable[..., Awaitable[str]]
@@ -325,6 +325,24 @@ async def test_upload_that_is_cut_off(
     assert answer.startswith(b"HTTP/1.1 413 "), answer
     assert b"too_large" in answer
     assert (await fetch("GET", "x")).body == b"old"
+
+
+async def test_half_a_folder_is_not_taken_for_a_whole_one(
+    shell: Shell, jp_http_port: int, jp_base_url: str, jp_auth_header: dict[str, str], user: str, docker_api: Any
+) -> None:
+    await shell("truncate -s 300M zeros")
+    reader, writer = await asyncio.open_connection("127.0.0.1", jp_http_port)
+    head = f"GET {jp_base_url}jupyter-agents/agents/a1/files?format=tar HTTP/1.1\nHost: localhost\n"
+    head += "".join(f"{k}: {v}\n" for k, v in jp_auth_header.items()) + "\n"
+    writer.write(head.replace("\n", "\r\n").encode())
+    answer = await reader.readexactly(2**20)
+    assert b"200 OK" in answer and b"chunked" in answer
+    for container in containers(docker_api, user):
+        docker_api.remove_container(container["Id"], force=True)
+    while chunk := await reader.read(2**20):
+        answer = (answer + chunk)[-100:]
+    assert not answer.endswith(b"\r\n0\r\n\r\n")
+    writer.close()
 
 
 async def test_upload_needs_a_length(
