@@ -168,6 +168,8 @@ class Workspace(Runs):
     async def leave(self) -> None:
         """The server stops: remove the container when it is idle."""
         self._listeners.clear()
+        async with self._lock:  # a start that goes on would leave its container behind
+            pass
         for task in [self._watcher, *self._following.values()]:
             if task:
                 task.cancel()
