@@ -162,25 +162,7 @@ class ForwardHandler(_Forwarding, StreamedHandler):
     async def get(self, path: str) -> None:
         await self.pass_on()
 
-    @web.authenticated
-    @authorized
-    async def post(self, path: str) -> None:
-        await self.pass_on()
-
-    @web.authenticated
-    @authorized
-    async def put(self, path: str) -> None:
-        await self.pass_on()
-
-    @web.authenticated
-    @authorized
-    async def patch(self, path: str) -> None:
-        await self.pass_on()
-
-    @web.authenticated
-    @authorized
-    async def delete(self, path: str) -> None:
-        await self.pass_on()
+    post = put = patch = delete = get
 
 
 class ForwardSocket(WebSocketMixin, WebSocketHandler, _Forwarding):
