@@ -8,12 +8,13 @@ import math
 import shlex
 import time
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 from . import agentctl, claude, environment
 from .agents import MAX_ENV, Agent, Agents
 from .engine import Exec
-from .errors import AgentsError, BadRequest, Conflict, ContainerGone, NotFound, TooLarge
+from .errors import AgentsError, BadRequest, Conflict, ContainerGone, NotFound, TooLarge, Unavailable
 from .run import SHOWN_OF_PROMPT, Run, new_id
 from .settings import Settings
 
@@ -278,7 +279,10 @@ class Runs(Agents):
         return self.run(run_id)
 
     async def events(self, run_id: str, since: int, follow: bool) -> AsyncGenerator[list[bytes], None]:
-        """A run's events from number `since` on, in lists as they come, each as its line of JSON."""
+        """A run's events from number `since` on, in lists as they come, each as its line of JSON.
+
+        Whoever follows waits while the engine is away: that it is shows in the state of the workspace.
+        """
         await self.connect()
         run = self.run(run_id)
         if self._followers >= MAX_FOLLOWERS:
@@ -289,28 +293,40 @@ class Runs(Agents):
         try:
             while True:
                 live = follow and run.active
-                # Asked for more lines than there are, `tail -f` would give all that come from now on.
-                start = min(since, run.logged) if live else since
-                skip = since - start
-                async with self._exec(
-                    "follow", self.agent(run.agent).uid, agent=run.agent, run=run_id, since=start, wait=int(live)
-                ) as process:
-                    lines, ended = claude.Lines(), False
-                    async for chunk in self._chunks(process, run if live else None):
-                        batch = [(claude.parse(line), line) for line in lines.feed(chunk)]
-                        ended = any(event["type"] == "run_end" for event, _ in batch)
-                        skip, batch = max(0, skip - len(batch)), batch[skip:]
-                        since += len(batch)
-                        yield [json.dumps(event).encode() if event["type"] == "raw" else line for event, line in batch]
-                        if ended:
-                            break
-                    if live:
-                        await process.write(b"\n")
-                if ended or not live:
-                    return
+                ended = False
+                try:
+                    async with aclosing(self._events(run, since, live)) as batches:
+                        async for lines, ended in batches:  # noqa: B007 - `ended` is used below
+                            since += len(lines)
+                            yield lines
+                except Unavailable:
+                    if not follow:
+                        raise
+                else:
+                    if ended or not live:
+                        return
                 await asyncio.sleep(1)  # its container went away; whether the run did is being found out
         finally:
             self._followers -= 1
+
+    async def _events(self, run: Run, since: int, live: bool) -> AsyncGenerator[tuple[list[bytes], bool], None]:
+        """Lines of the log from number `since` on, and whether the run's end is among them."""
+        # Asked for more lines than there are, `tail -f` would give all that come from now on.
+        start = min(since, run.logged) if live else since
+        skip = since - start
+        async with self._exec(
+            "follow", self.agent(run.agent).uid, agent=run.agent, run=run.id, since=start, wait=int(live)
+        ) as process:
+            lines = claude.Lines()
+            async for chunk in self._chunks(process, run if live else None):
+                batch = [(claude.parse(line), line) for line in lines.feed(chunk)]
+                ended = any(event["type"] == "run_end" for event, _ in batch)
+                skip, batch = max(0, skip - len(batch)), batch[skip:]
+                yield [json.dumps(event).encode() if event["type"] == "raw" else line for event, line in batch], ended
+                if ended:
+                    break
+            if live:
+                await process.write(b"\n")
 
     async def diff(self, agent_id: str) -> str:
         """What the last run changed, up to now, as a unified diff."""

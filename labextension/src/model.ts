@@ -278,6 +278,11 @@ export class AgentsModel implements IDisposable {
   }
 
   private _onState(workspace: IWorkspace, agents: IAgent[]): void {
+    const back =
+      workspace.state === 'ready' && this.workspace?.state !== 'ready';
+    if (back && this.transcript?.problem) {
+      this._subscribe();
+    }
     this.workspace = workspace;
     this.agents = agents;
     this._onMemory(workspace.memory);

@@ -122,6 +122,22 @@ describe('AgentsModel', () => {
     expect(model.transcript?.items).toHaveLength(2);
   });
 
+  it('asks for the events again when the workspace is back', () => {
+    open(run());
+    const message = "Docker doesn't answer.";
+    const error = { message, reason: 'engine_unavailable' };
+    const away: IWorkspace = { ...workspace, state: 'unavailable' };
+    FakeSocket.last.push({ type: 'error', run: 'r1', ...error });
+    FakeSocket.last.push({ type: 'state', workspace: away, agents: [agent()] });
+    expect(model.transcript?.problem).toBe(message);
+    FakeSocket.last.sent.length = 0;
+    open(run());
+    expect(model.transcript?.problem).toBe('');
+    expect(FakeSocket.last.sent).toEqual([{ subscribe: 'r1', since: 0 }]);
+    open(run());
+    expect(FakeSocket.last.sent).toHaveLength(1);
+  });
+
   it('waits longer after each attempt that fails', () => {
     const waits = [];
     for (let n = 0; n < 4; n++) {
