@@ -411,6 +411,10 @@ class DockerEngine(Engine):
             if e.status_code != 409:  # it is being removed already
                 raise
 
+    async def users(self) -> list[str]:
+        volumes = await self.call(lambda api: api.volumes(filters={"label": self._labels(None)})["Volumes"] or [])
+        return [volume["Labels"][LABEL] for volume in volumes]
+
     async def remove(self, user: str, volume: bool = False) -> None:
         await self.call(lambda api: self._remove(api, user, volume))
 

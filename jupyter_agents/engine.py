@@ -88,6 +88,10 @@ class Engine(LoggingConfigurable):
         """Containers of all users, or of one."""
 
     @abstractmethod
+    async def users(self) -> list[str]:
+        """All who have a workspace here, be it only the files of one."""
+
+    @abstractmethod
     async def remove(self, user: str, volume: bool = False) -> None:
         """Remove the user's container, and the volume if told so. Nothing happens when there is none."""
 

@@ -34,19 +34,24 @@ form { display: inline; }
 <body>
 <h1>Agent workspaces</h1>
 {% if problem %}<p role="alert">{{ problem }}</p>{% end %}
-<p>{{ len(workspaces) }} running. A stopped workspace keeps its files.</p>
+<p>{{ sum(w["started"] is not None for w in workspaces) }} of {{ len(workspaces) }} running.
+A stopped workspace keeps its files.</p>
 <table>
 <thead><tr><th>User</th><th>Memory</th><th>Agents</th><th>Runs</th><th>Age</th><th>Actions</th></tr></thead>
 <tbody>
 {% for w in workspaces %}
 <tr>
-<td>{{ w["user"] }}</td>
+<td>{{ w["user"] }}{% if not w["in_hub"] %} <em>(not in the Hub)</em>{% end %}</td>
+{% if w["started"] is None %}
+<td colspan="4">{{ w["state"] }}</td>
+{% else %}
 <td class="number">{{ memory(w) }}</td>
 <td class="number">{{ w["agents"] }}</td>
 <td class="number">{{ w["active_runs"] }}</td>
 <td class="number">{{ age(w["started"]) }}</td>
+{% end %}
 <td><form method="post">{% raw xsrf %}<input type="hidden" name="user" value="{{ w["user"] }}">
-<button name="action" value="stop">Stop</button>
+{% if w["started"] is not None %}<button name="action" value="stop">Stop</button>{% end %}
 <button name="action" value="ask">Delete with its files…</button></form></td>
 </tr>
 {% end %}
@@ -153,7 +158,7 @@ class JSONHandler(AdminHandler):
 
 
 class WorkspacesHandler(JSONHandler):
-    """`GET`: all running workspaces."""
+    """`GET`: all workspaces, also the stopped ones."""
 
     @web.authenticated
     async def get(self) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 from urllib.parse import quote
 
 import requests
@@ -52,8 +53,15 @@ def _ask(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(body) + "\n")
     for workspace in [] if args.json else body or []:
-        used = f"{workspace['memory']['used_bytes'] / 2**20:.0f}" if workspace["memory"] else "?"
-        cap = workspace["limits"]["memory_bytes"] / 2**20
-        facts = f"{used} of {cap:.0f} MB  {workspace['agents']} agents  {workspace['active_runs']} runs"
-        sys.stdout.write(f"{workspace['user']}  {facts}\n")
+        sys.stdout.write(
+            f"{workspace['user']}  {_facts(workspace)}{'' if workspace['in_hub'] else '  not in the Hub'}\n"
+        )
     return 0
+
+
+def _facts(workspace: dict[str, Any]) -> str:
+    if workspace["started"] is None:
+        return str(workspace["state"])
+    used = f"{workspace['memory']['used_bytes'] / 2**20:.0f}" if workspace["memory"] else "?"
+    cap = workspace["limits"]["memory_bytes"] / 2**20
+    return f"{used} of {cap:.0f} MB  {workspace['agents']} agents  {workspace['active_runs']} runs"

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from tornado.log import LogFormatter
 from traitlets import Bool, Dict, Enum, Float, Unicode, default
 
 from .. import handlers
-from ..docker_engine import DockerEngine
+from ..docker_engine import DockerEngine, T
 from ..engine import Limits
-from ..errors import AgentsError
+from ..errors import AgentsError, Unavailable
 from ..workspaces import Workspaces
 from . import admin
 from .configure import ADMIN_SCOPE, SERVICE, SERVICE_SCOPES, access_scope
@@ -37,8 +37,34 @@ ADMIN_SECONDS = 5  # for which the Hub's answer on an administrator's credential
 MAX_JSON = 16 * 2**20  # of a body that isn't a file
 
 
+class HubEngine(DockerEngine):
+    """The engine as users see it: what only an administrator can mend is told to administrators."""
+
+    def _call(self, function: Callable[[Any], T]) -> T:
+        try:
+            return super()._call(function)
+        except Unavailable as e:
+            if not e.command:
+                raise
+            raise Unavailable(
+                "The workspaces of this Hub are not available just now, their files are kept; tell your administrator "
+                "if it stays so.",
+                e.reason,
+            ) from e
+
+
+def in_full(error: AgentsError) -> str:
+    """For administrators: what is wrong with the engine, and what to do."""
+    cause = error.__cause__ if isinstance(error.__cause__, AgentsError) else error
+    return f"{cause}{f' ({cause.command})' if cause.command else ''}"
+
+
 class HubWorkspaces(Workspaces):
     """Workspaces with limits by user and by group of the Hub."""
+
+    @default("engine_class")
+    def _default_engine_class(self) -> type[HubEngine]:
+        return HubEngine
 
     group_limits = Dict(
         help="Limits of the members of groups, such as {'students': {'memory': 2**29, 'runs': 1}}: any of memory "
@@ -236,19 +262,23 @@ class AgentsHub(JupyterApp):
             except HubDown as e:
                 trouble = f"The Hub does not answer: {e}"
             except AgentsError as e:
-                trouble = f"{e}{f' ({e.command})' if e.command else ''}"
+                trouble = in_full(e)
             if trouble and trouble != self._troubles.get(look.__name__):
                 self.log.error(trouble)
             self._troubles[look.__name__] = trouble
 
     async def _compare_users(self) -> None:
         """Learn who is in which groups and who is gone, and tell who is active."""
+        served = {workspace.user for workspace in self.workspaces if workspace.container}
         users = await self.hub.users()
         for name, user in users.items():
             self.workspaces.seen(name, user["groups"])
-        for name in self._users.keys() - users.keys():
-            self.log.info("%s is gone from the Hub: removing the workspace, volume: %s", name, self.deleted_users)
-            await self.workspaces.forget(name, volume=self.deleted_users == "delete")
+        if "list:users" in await self.hub.own_scopes():  # else those that we aren't shown seem to be gone
+            for name in (self._users.keys() | served) - users.keys():
+                # A volume goes only when its user was seen to go: a Hub may have lost its database.
+                volume = self.deleted_users == "delete" and name in self._users
+                self.log.info("%s is not in the Hub: removing the workspace%s", name, ", with its files" * volume)
+                await self.workspaces.forget(name, volume)
         self._users = users
         if self.report_activity:
             for workspace in self.workspaces:
@@ -280,14 +310,17 @@ class AgentsHub(JupyterApp):
         except HubDown as e:
             return f"The Hub does not answer: {e}."
         except AgentsError as e:
-            return f"{e}{f' ({e.command})' if e.command else ''}"
+            return in_full(e)
         return None
 
     async def list_workspaces(self) -> list[dict[str, Any]]:
-        """The API's Workspace of all that run, by user name."""
+        """The API's Workspace of all users who have one, by name, and whether the user is `in_hub`."""
         await self._measure_unwatched()
-        running = [workspace for workspace in self.workspaces if workspace.container]
-        return sorted((w.to_dict() for w in running), key=lambda w: str(w["user"]))
+        try:
+            users = await self.workspaces.engine.users()
+        except AgentsError:  # which `problem` tells
+            users = [workspace.user for workspace in self.workspaces]
+        return [self.workspaces.get(user).to_dict() | {"in_hub": user in self._users} for user in sorted(users)]
 
     async def remove(self, user: str, volume: bool, by: str) -> None:
         """Stop a user's workspace, and delete all files in it if told so."""

@@ -147,9 +147,12 @@ def test_the_same_on_the_command_line(hub: Hub, capsys: Any, monkeypatch: pytest
     assert "of 1024 MB  1 agents  0 runs" in line
     assert cli.main(["stop", "cli-ann"]) == 0
     assert cli.main(["list", "--json"]) == 0
-    assert "cli-ann" not in {workspace["user"] for workspace in json.loads(capsys.readouterr().out)}
+    (stopped,) = [w for w in json.loads(capsys.readouterr().out) if w["user"] == "cli-ann"]
+    assert stopped["state"] == "stopped" and stopped["in_hub"]
     assert [agent["id"] for agent in ann.direct.agents()] == ["a"]
     assert cli.main(["delete", "cli-ann"]) == 0
+    assert cli.main(["list"]) == 0
+    assert "cli-ann" not in capsys.readouterr().out
     assert ann.direct.agents() == []
 
 
@@ -376,5 +379,18 @@ def test_who_is_deleted_from_the_hub_loses_the_container(hub: Hub, deployment: s
     assert hub.api("DELETE", ann.path).status_code == 204
     wait_for(lambda: container_of(deployment, "gone-ann", docker_api) is None, "the container is gone")
     wait_for(lambda: refusal(ann.direct).status == 403, "the token no longer works", 5)
-    labels = [f"jupyter-agents.deployment={deployment}", "jupyter-agents.user=gone-ann"]
-    assert docker_api.volumes(filters={"label": labels})["Volumes"]  # kept, by default
+    boss = token(hub.add_user("boss").new_token())
+    (kept,) = [w for w in requests.get(f"{hub.service}/workspaces", headers=boss).json() if w["user"] == "gone-ann"]
+    assert kept["state"] == "stopped" and not kept["in_hub"]  # the files stay, by default
+
+
+def test_who_is_deleted_while_the_service_is_down_loses_the_container(
+    hub: Hub, deployment: str, docker_api: Any
+) -> None:
+    ann = hub.add_user("missed-ann")
+    ann.direct.create_agent("a")
+    service = hub.service_process()
+    service.suspend()
+    assert hub.api("DELETE", ann.path).status_code == 204
+    service.kill()
+    wait_for(lambda: container_of(deployment, "missed-ann", docker_api) is None, "the container is gone")

@@ -207,7 +207,8 @@ def test_the_administrators_page(hub: Hub, users: list[User]) -> None:
         row = page.locator("tr", has_text=users[2].name)
         expect(row).to_contain_text("of 1024 MB")
         row.get_by_text("Stop").click()
-        expect(page.locator("tr", has_text=users[2].name)).to_have_count(0)
+        expect(row).to_contain_text("stopped")
+        expect(row.get_by_text("Stop", exact=True)).to_have_count(0)
         assert users[2].client.workspace()["state"] == "stopped"
         users[2].client.create_agent("doomed")
         page.reload()
@@ -215,6 +216,7 @@ def test_the_administrators_page(hub: Hub, users: list[User]) -> None:
         expect(page.locator("h1")).to_have_text(f"Delete all agents and files of {users[2].name}?")
         page.get_by_role("button", name="Delete").click()
         expect(page.locator("h1")).to_have_text("Agent workspaces")
+        expect(row).to_have_count(0)
         assert users[2].client.agents() == []
 
 
