@@ -24,10 +24,13 @@ PAGE = template.Template(
 <meta name="viewport" content="width=device-width">
 <title>Agent workspaces</title>
 <style>
-body { font: 14px system-ui, sans-serif; margin: 2rem; color-scheme: light dark; }
+:root { color-scheme: light dark; }
+body { font: 14px system-ui, sans-serif; margin: 2rem; }
 table { border-collapse: collapse; }
-th, td { padding: .4rem .8rem; border-bottom: 1px solid #8886; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .8rem; border-bottom: 1px solid #8886; text-align: left; white-space: nowrap; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+[role=alert] { border-left: 4px solid #d32f2f; padding-left: .6rem; }
 form { display: inline; }
 </style>
 </head>
@@ -37,13 +40,14 @@ form { display: inline; }
 <p>{{ sum(w["started"] is not None for w in workspaces) }} of {{ len(workspaces) }} running.
 A stopped workspace keeps its files.</p>
 <table>
-<thead><tr><th>User</th><th>Memory</th><th>Agents</th><th>Runs</th><th>Age</th><th>Actions</th></tr></thead>
+<thead><tr><th>User</th><th class="number">Memory</th><th class="number">Agents</th><th class="number">Runs</th>
+<th class="number">Age</th><th>Actions</th></tr></thead>
 <tbody>
 {% for w in workspaces %}
 <tr>
 <td>{{ w["user"] }}{% if not w["in_hub"] %} <em>(not in the Hub)</em>{% end %}</td>
 {% if w["started"] is None %}
-<td colspan="4">{{ w["state"] }}</td>
+<td class="number" colspan="4">{{ w["state"] }}</td>
 {% else %}
 <td class="number">{{ memory(w) }}</td>
 <td class="number">{{ w["agents"] }}</td>
