@@ -19,7 +19,9 @@ from .link import Link
 from .settings import Settings
 
 AGENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-FIRST_UID, UIDS = 10000, 50000  # below 65536, which is all that a user namespace has
+# A person with the same uid on the engine's machine could look into an agent's processes: these are in no system's use
+# (https://systemd.io/UIDS-GIDS), and below 65536, which is all that a user namespace has.
+FIRST_UID, UIDS = 60706, 478
 SHARED_UID = 1000
 MAX_ENV = 2**20
 FRESH_SECONDS = 5

@@ -52,7 +52,7 @@ async def test_owner_and_mode(user: str, docker_api: docker.APIClient) -> None:
         agents = [await workspace.create_agent(name) for name in ("a1", "a2", "a-" * 16)]
         assert len({agent.uid for agent in agents}) == 3
         for agent in agents:
-            assert 10000 <= agent.uid < 60000
+            assert 60706 <= agent.uid < 61184
             code, told = try_in(
                 docker_api, workspace, agent.id, f"cd /workspace/agent-{agent.id} && stat -c '%u %g %a %n' . .env"
             )
