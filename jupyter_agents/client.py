@@ -586,14 +586,19 @@ class _Patience:
 
     def __init__(self, limit: float):
         self.limit = limit
-        self.reset()
-
-    def reset(self) -> None:
+        self.answered = False
         self.delay = 0.1
         self.since: float | None = None
 
+    def reset(self) -> None:
+        self.answered = True
+        self.delay = 0.1
+        self.since = None
+
     def wait(self, error: AgentsError) -> None:
-        if error.status and error.status not in (502, 503, 504):
+        # A Hub's proxy that was just started doesn't know yet what it knew before.
+        lost_its_way = self.answered and (error.status == 302 or error.reason == "no_extension")
+        if error.status and error.status not in (502, 503, 504) and not lost_its_way:
             raise error
         self.since = self.since or time.monotonic()
         if time.monotonic() - self.since > self.limit:
