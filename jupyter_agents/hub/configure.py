@@ -41,6 +41,11 @@ def configure(
     members of `admin_groups` may see and stop all workspaces. `args` and `environment` go to the service's process.
     With `api_token` the service is an external one: you run `jupyter agents hub` yourself with that token.
     """
+    from jupyterhub.services.service import Service
+
+    # Else the Hub writes it to its database as well, in plain text, with the API key that may be in it.
+    Service.environment.tag(in_db=False)
+
     access = access_scope(name)
     hub, spawner = c.JupyterHub, c.Spawner
 
