@@ -2,9 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable
 
 from jupyterhub.auth import DummyAuthenticator
 from jupyterhub.services.service import _ServiceSpawner
+from jupyterhub.spawner import SimpleLocalProcessSpawner
+from traitlets import default
 from traitlets.config import get_config
 
 from jupyter_agents.hub import configure
@@ -24,13 +27,45 @@ class AsTyped(DummyAuthenticator):
         return username
 
 
+class WithSystemUsers(SimpleLocalProcessSpawner):
+    """Runs the servers of each user as a system user of their own, where the Hub may do that: as root.
+
+    They keep one privilege, to read and traverse what is there, as Python or the checkout may lie in a directory that
+    is closed to others. It opens neither sockets nor other users' processes. `test_kernels.py` gives it up.
+    """
+
+    @property
+    def uid(self) -> int:
+        # Not one that an agent may have, in whose processes a system user of the same uid can look.
+        return 9000 + self.user.id
+
+    @default("cmd")
+    def _default_cmd(self) -> list[str]:
+        if os.geteuid() != 0:
+            return ["jupyterhub-singleuser"]
+        user = [f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--no-new-privs"]
+        kept = "-all,+dac_read_search"
+        capabilities = [f"--inh-caps={kept}", f"--ambient-caps={kept}", f"--bounding-set={kept}"]
+        return ["setpriv", *user, *capabilities, "jupyterhub-singleuser"]
+
+    def make_preexec_fn(self, name: str) -> Callable[[], None]:
+        enter_home = super().make_preexec_fn(name)
+
+        def preexec() -> None:
+            enter_home()
+            if os.geteuid() == 0:
+                os.chown(".", self.uid, self.uid)
+
+        return preexec
+
+
 c.JupyterHub.authenticator_class = AsTyped
 c.DummyAuthenticator.password = "correct horse"
 c.Authenticator.allow_all = True
 c.JupyterHub.allow_named_servers = True
-c.JupyterHub.spawner_class = "simple"
+c.JupyterHub.spawner_class = WithSystemUsers
 c.SimpleLocalProcessSpawner.home_dir_template = os.path.abspath("home/{username}")
-c.Spawner.args = ["--ServerApp.jpserver_extensions={'jupyter_agents': True}", "--allow-root"]
+c.Spawner.args = ["--ServerApp.jpserver_extensions={'jupyter_agents': True}"]
 c.Spawner.environment = {
     "PYTHONPATH": os.environ["PYTHONPATH"],
     # JupyterLab is where the tests run, which need not be where the Hub does.
@@ -42,6 +77,7 @@ c.JupyterHub.bind_url = f"http://127.0.0.1:{port}/base/"
 c.JupyterHub.hub_port = port + 1
 c.ConfigurableHTTPProxy.api_url = f"http://127.0.0.1:{port + 2}"
 c.ConfigurableHTTPProxy.command = [setup["proxy"]]
+c.ConfigurableHTTPProxy.check_running_interval = 1
 
 c.JupyterHub.load_groups = {"small": {"users": ["carol"]}, "large": {"users": ["carol", "dave"]}}
 # What the tests do as the administrator, and a service that has nothing to do with ours.

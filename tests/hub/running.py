@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -67,7 +68,10 @@ def free_ports(count: int) -> int:
 
 
 class Hub:
-    """One running Hub. `python` runs the Hub, its service and the users' servers."""
+    """One running Hub. `python` runs the Hub, its service and the users' servers.
+
+    `deployment` is its own: a Hub's service removes workspaces of users that the Hub doesn't have.
+    """
 
     def __init__(self, directory: Path, python: str, service_config: str, environment: dict[str, str]):
         self.directory = directory
@@ -76,8 +80,9 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.port}/base"
         self.service = f"{self.url}/services/jupyter-agents"
         self.admin_token, self.stranger_token = secrets.token_hex(16), secrets.token_hex(16)
+        self.deployment = f"hubtest-{secrets.token_hex(4)}"
         config = directory / "service_config.py"
-        config.write_text(service_config)
+        config.write_text(SERVICE_CONFIG.format(deployment=self.deployment) + service_config)
         self.log = directory / "hub.log"
         setup = {
             "port": self.port,
@@ -151,18 +156,25 @@ class Hub:
 
     def service_process(self) -> psutil.Process:
         """The process that runs the service now."""
+        return self._child("jupyter_agents.hub")
 
+    def proxy_process(self) -> psutil.Process:
+        """The process that is the proxy now."""
+        assert PROXY
+        return self._child(PROXY)
+
+    def _child(self, argument: str) -> psutil.Process:
         def found() -> psutil.Process | None:
             assert self._process
             for process in _children(psutil.Process(self._process.pid)):
                 try:
-                    if "jupyter_agents.hub" in process.cmdline():
+                    if argument in process.cmdline():
                         return process
                 except psutil.Error:
                     pass
             return None
 
-        return wait_for(found, "the service runs")
+        return wait_for(found, f"{argument} runs")
 
     def api(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         """A call of the Hub's API as its administrator."""
@@ -220,10 +232,23 @@ class User:
         assert session.post(page, data=form, allow_redirects=False).status_code == 302
         return session
 
-    def execute(self, code: str) -> str:
-        """Run code in a kernel of the user's server; what it prints."""
+    @contextmanager
+    def kernel(self) -> Iterator[Callable[[str], str]]:
+        """A kernel of the user's server, as a function that runs code in it and returns what that prints."""
         headers = {"Authorization": f"token {self.token}"}
         kernel = requests.post(f"{self.server}/api/kernels", headers=headers, json={}).json()["id"]
+        try:
+            yield lambda code: self._execute(kernel, code)
+        finally:
+            requests.delete(f"{self.server}/api/kernels/{kernel}", headers=headers)
+
+    def execute(self, code: str) -> str:
+        """Run code in a kernel of its own; what it prints."""
+        with self.kernel() as execute:
+            return execute(code)
+
+    def _execute(self, kernel: str, code: str) -> str:
+        headers = {"Authorization": f"token {self.token}"}
         channels = f"ws{self.server.removeprefix('http')}/api/kernels/{kernel}/channels"
         socket = websocket.create_connection(channels, header=headers, timeout=60)
         message = {
@@ -249,7 +274,6 @@ class User:
                     return printed
         finally:
             socket.close()
-            requests.delete(f"{self.server}/api/kernels/{kernel}", headers=headers)
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -11,20 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from jupyter_agents.client import AgentsError, Client
 
 from .running import PASSWORD, Hub, User, wait_for
 from .test_service import events_of, refusal, service_secret, socket_status, token
-
-
-@pytest.fixture(scope="module")
-def users(hub: Hub) -> list[User]:
-    """Three users whose servers run."""
-    return hub.add_users("uma", "vic", "wes")
-
 
 IN_A_KERNEL = """
 import json, os
