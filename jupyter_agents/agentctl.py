@@ -10,11 +10,14 @@ import tarfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from .errors import AgentsError, Conflict, DiskFull, NotFound, Protected, Unavailable
 
 PATH = "/opt/jupyter-agents/agentctl"
+FIRST_USER = 1000  # smaller uids are the system's
+MOST_FILES = 1002  # that `load` gives
 
 
 def request(values: Mapping[str, object]) -> bytes:
@@ -99,7 +102,9 @@ class Sample:
                 if kind == "m":
                     sample.figures[words[0]] = int(words[1])
                 elif kind == "a":
-                    sample.uids[words[2].partition("/agent-")[2]] = int(words[0])
+                    uid = int(words[0])
+                    if uid >= FIRST_USER:  # else a restored volume would have us do as root what an agent asks for
+                        sample.uids[words[2].partition("/agent-")[2]] = uid
                 elif kind == "p":
                     pid, parent, uid, anonymous = map(int, words[:4])
                     supervises = None if words[4] == "-" else words[4]
@@ -185,12 +190,16 @@ def agent_tar(agent: str, uid: int) -> bytes:
 
 
 def untar(data: bytes) -> dict[str, tuple[bytes, float]]:
-    """Content and time of the regular files in a tar that a workspace made; a broken one counts as far as it goes."""
+    """Content and time of the regular files in a tar that a workspace made; a broken one counts as far as it goes.
+
+    The agent may have written it: nothing in it becomes larger than it came.
+    """
     files = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for info in tar:
-                content = tar.extractfile(info) if info.isreg() else None
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in islice(tar, MOST_FILES):
+                plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and info.sparse is None
+                content = tar.extractfile(info) if plain else None
                 if content:
                     files[info.name.removeprefix("./")] = (content.read(), info.mtime)
     except (tarfile.TarError, EOFError, ValueError):

@@ -23,8 +23,9 @@ AGENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 # (https://systemd.io/UIDS-GIDS), and below 65536, which is all that a user namespace has.
 FIRST_UID, UIDS = 60706, 478
 SHARED_UID = 1000
-MAX_ENV = 2**20
+MAX_ENV = 2**17  # which takes most of a second to parse
 FRESH_SECONDS = 5
+WIPE_SECONDS = 600
 
 
 def check_agent_id(agent_id: str) -> None:
@@ -59,11 +60,11 @@ class Agents(Link):
             )
         return self.agents[agent_id]
 
-    async def _ask(self, verb: str, agent: Agent, data: bytes = b"", **values: object) -> str:
+    async def _ask(self, verb: str, agent: Agent, data: bytes = b"", most: int = 64 * 2**20, **values: object) -> str:
         async with self._exec(verb, agent.uid, agent=agent.id, size=len(data), **values) as process:
             if data:
                 await process.write(data)
-            return (await self._all(process)).decode("utf-8", "replace")
+            return (await self._all(process, most)).decode("utf-8", "replace")
 
     async def create_agent(self, agent_id: str) -> Agent:
         check_agent_id(agent_id)
@@ -111,9 +112,9 @@ class Agents(Link):
             # An agent that opened its directory to others may have files of theirs in it, and they in turn its own.
             for owner in 2 * sorted(self.agents.values(), key=lambda other: other is not agent):
                 async with self._exec("wipe", owner.uid, agent=agent_id) as process:
-                    await process.wait()
+                    await self._in_time(process.wait(), WIPE_SECONDS)
                 async with self._exec("discard", 0, agent=agent_id) as process:
-                    if not await process.wait():
+                    if not await self._in_time(process.wait()):
                         break
             else:
                 raise Conflict(f"The directory of `{agent_id}` can't be emptied; try again.", "agent_busy")
@@ -132,19 +133,23 @@ class Agents(Link):
             if value and re.search("[\0\ud800-\udfff]", value):
                 raise BadRequest(f"The value of `{name}` holds NUL or half a character.", "bad_request")
         async with agent.lock:
-            text = environment.edit(await self._ask("getenv", agent), changes)
+            # Parsed on a thread, since that may take long.
+            text = await asyncio.to_thread(environment.edit, await self._dotenv(agent), changes)
             data = text.encode()
             if len(data) > MAX_ENV:
-                raise TooLarge("The variables of an agent may take 1 MiB together.", "too_large")
+                raise TooLarge(f"The variables of an agent may take {MAX_ENV // 1024} KiB together.", "too_large")
             await self._ask("setenv", agent, data)
-            agent.env = sorted(environment.read(text))
+            agent.env = sorted(await asyncio.to_thread(environment.read, text))
         return agent.env
 
     async def env_names(self, agent_id: str) -> list[str]:
         await self.connect()
         agent = self.agent(agent_id)
-        agent.env = sorted(environment.read(await self._ask("getenv", agent)))
+        agent.env = sorted(await asyncio.to_thread(environment.read, await self._dotenv(agent)))
         return agent.env
+
+    async def _dotenv(self, agent: Agent) -> str:
+        return await self._ask("getenv", agent, most=MAX_ENV)
 
     # --- an agent's files ---------------------------------------------------------------------------------------
 
@@ -166,7 +171,7 @@ class Agents(Link):
         await self.connect()
         agent, path = self.agent(agent_id), self.path(path, root=True)
         async with self._exec("get", agent.uid, agent=agent_id, path=path) as process:
-            kind, _, size = (await process.stdout.readline()).decode().partition(" ")
+            kind, _, size = (await self._in_time(process.stdout.readline())).decode().partition(" ")
             if kind == "f":
                 yield int(size), process
             else:
@@ -178,7 +183,7 @@ class Agents(Link):
         await self.connect()
         agent, path = self.agent(agent_id), self.path(path, root=True)
         async with self._exec("archive", agent.uid, agent=agent_id, path=path) as process:
-            if not await process.stdout.readline():
+            if not await self._in_time(process.stdout.readline()):
                 await self._check(process)
             yield process
 
@@ -190,7 +195,7 @@ class Agents(Link):
         if size > self.settings.max_upload:
             raise TooLarge(f"A file may have {self.settings.max_upload // 2**20} MB at most.", "too_large")
         async with self._exec("put", agent.uid, agent=agent_id, path=path, size=size) as process:
-            if not await process.stdout.readline():
+            if not await self._in_time(process.stdout.readline()):
                 await self._check(process)
             yield process
 

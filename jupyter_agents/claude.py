@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ Event = dict[str, Any]
 
 MAX_LINE = 8 * 2**20
 KEPT_OF_LONG_LINE = 2**16
+MAX_RESULT = 2**16  # characters: each state message holds the results of all agents' last runs
 
 
 def options(request: dict[str, Any], session_id: str | None) -> list[str]:
@@ -116,7 +118,7 @@ def _blocks(event: Event) -> list[dict[str, Any]]:
 
 def session_id(event: Event) -> str | None:
     value = event.get("session_id")
-    return value if isinstance(value, str) and len(value) <= 64 else None
+    return value if isinstance(value, str) and re.fullmatch("[0-9a-f-]{1,64}", value) else None
 
 
 def result(event: Event) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def result(event: Event) -> dict[str, Any]:
     milliseconds = number(event.get("duration_ms"))
     text = event.get("result")
     return {
-        "text": text if isinstance(text, str) else "",
+        "text": text[:MAX_RESULT] if isinstance(text, str) else "",
         "cost_usd": number(event.get("total_cost_usd")),
         "input_tokens": sum(inputs) if inputs else None,
         "output_tokens": _integer(usage.get("output_tokens")),

@@ -25,7 +25,7 @@ from docker.utils.socket import STDERR, frames_iter
 from traitlets import Int, List, Unicode, default
 
 from .engine import Container, Engine, Limits
-from .errors import AgentsError, ContainerGone, DiskFull, Unavailable
+from .errors import AgentsError, ContainerGone, DiskFull, Stuck, Unavailable
 
 T = TypeVar("T")
 
@@ -37,6 +37,8 @@ AGENTCTL_LABEL = "jupyter-agents.agentctl"
 IMAGE_LABEL = "jupyter-agents.image"
 CHOICE = "workspace/.image"  # the folder is root's, so no agent can write it
 CREATE_ATTEMPTS = 150
+WRITE_SECONDS = 60  # for which a process may leave a piece of its input unread
+FRAMES_AHEAD = 16  # read, and not yet taken by the event loop
 
 
 def slug(user: str) -> str:
@@ -93,6 +95,8 @@ class DockerExec:
         self._may_read = threading.Event()
         self._may_read.set()
         self._closed = False
+        self._ahead = threading.Semaphore(FRAMES_AHEAD)
+        self._writer: ThreadPoolExecutor | None = None
         self.stdout = asyncio.StreamReader(limit=2**18)
         self.stdout.set_transport(self)  # type: ignore[arg-type]  # the part of a transport that it uses
         threading.Thread(target=self._read, name="docker-exec", daemon=True).start()
@@ -114,7 +118,9 @@ class DockerExec:
                     self._stderr += data
                     del self._stderr[:-8192]
                 else:
-                    self._call(self.stdout.feed_data, data)
+                    while not self._ahead.acquire(timeout=1) and not self._closed:
+                        pass  # the event loop is busy
+                    self._call(self._feed, data)
                     self._may_read.wait()
         except (OSError, ValueError):
             pass  # the connection ended, or `close` ended it
@@ -122,6 +128,10 @@ class DockerExec:
             self._call(self.stdout.feed_eof)
             self._shut_down()  # who still writes to what has ended would wait for ever
             self._file._response.close()
+
+    def _feed(self, data: bytes) -> None:
+        self._ahead.release()
+        self.stdout.feed_data(data)
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         if not self._closed:
@@ -131,20 +141,30 @@ class DockerExec:
                 self._closed = True
 
     async def write(self, data: bytes) -> None:
+        if self._writer is None:  # a thread of its own: who doesn't read holds up nobody else
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="docker-write")
         try:
-            await self._engine.call(lambda api: self._socket.sendall(data))
+            written = self._loop.run_in_executor(self._writer, self._socket.sendall, data)
+            await asyncio.wait_for(written, WRITE_SECONDS)
+        except asyncio.TimeoutError:
+            self._shut_down()
+            raise Stuck from None
         except OSError:
             pass  # it ended without reading all; its exit code and stderr tell why
 
     async def wait(self) -> int:
+        pause = 0.02
         while True:
             state = await self._engine.call(lambda api: api.exec_inspect(self._id))
             if not state["Running"]:
                 return int(state["ExitCode"])
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.2, 1)
 
     def close(self) -> None:
         self._closed = True
+        if self._writer:
+            self._writer.shutdown(wait=False)
         self._may_read.set()
         self._shut_down()
 
@@ -352,7 +372,7 @@ class DockerEngine(Engine):
             return self.image
         try:
             stream, _ = api.get_archive(container, f"/{CHOICE}", chunk_size=512)
-            with tarfile.open(fileobj=io.BytesIO(b"".join(islice(stream, 16)))) as tar:
+            with tarfile.open(fileobj=io.BytesIO(b"".join(islice(stream, 16))), mode="r:") as tar:
                 file = next((tar.extractfile(member) for member in tar if member.isreg()), None)
                 chosen = file.read() if file else b""
         except (DockerNotFound, tarfile.TarError):
@@ -423,7 +443,14 @@ class DockerEngine(Engine):
             self._discard(api, container["Id"])
         name = self._volume(api, user) if volume else None
         if name:
-            api.remove_volume(name)
+            try:
+                api.remove_volume(name)
+            except APIError as e:
+                if e.status_code != 409:
+                    raise
+                raise Unavailable(
+                    "The files are in use by another container, such as a backup: try again later.", "volume_in_use"
+                ) from e
 
     async def exec(self, container: Container, argv: list[str], uid: int) -> DockerExec:
         def start(api: docker.APIClient) -> tuple[str, Any]:

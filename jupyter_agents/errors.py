@@ -48,6 +48,16 @@ class Unavailable(AgentsError):
     status = 503
 
 
+class Stuck(Unavailable):
+    """Something in the workspace holds up what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The workspace does not get done what it was asked: try again, or stop it if that does not help.",
+            "workspace_stuck",
+        )
+
+
 class DiskFull(AgentsError):
     status = 507
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
 
 from . import agentctl
 from .engine import Container, Exec
-from .errors import AgentsError, ContainerGone, TooLarge, Unavailable
+from .errors import AgentsError, Conflict, ContainerGone, Stuck, TooLarge, Unavailable
 from .settings import Settings
 
 Message = dict[str, Any]
+T = TypeVar("T")
+
+# An agent can halt what is done as its uid, so nothing waits for that without end.
+ANSWER_SECONDS = 60
+MAX_CALLS = 64  # of one user at the same time, of which so many are just being started:
+MAX_STARTS = 8
 
 
 class Link(ABC):
@@ -28,10 +34,12 @@ class Link(ABC):
         self.limits = settings.limits_for(user)
         self.container: Container | None = None
         self.problem: AgentsError | None = None
+        self.closed: AgentsError | None = None  # why this workspace is not to be used any more
         self._starting = False
         self._wanted = False
         self._lock = asyncio.Lock()
         self._execs = 0
+        self._starts = asyncio.Semaphore(MAX_STARTS)
         self._used = time.monotonic()
 
     @property
@@ -59,6 +67,8 @@ class Link(ABC):
 
     async def connect(self) -> Container:
         """The running container, started or adopted when need be."""
+        if self.closed:
+            raise self.closed
         self._wanted = True
         self._used = time.monotonic()
         async with self._lock:
@@ -114,7 +124,8 @@ class Link(ABC):
     async def _request(
         self, container: Container, verb: str, uid: int, values: dict[str, object]
     ) -> AsyncIterator[Exec]:
-        process = await self.engine.exec(container, ["sh", agentctl.PATH, verb], uid)
+        async with self._starts:
+            process = await self.engine.exec(container, ["sh", agentctl.PATH, verb], uid)
         try:
             await process.write(agentctl.request({"agent": "", "run": ""} | values))
             yield process
@@ -125,34 +136,44 @@ class Link(ABC):
     async def _exec(self, verb: str, uid: int, **values: object) -> AsyncIterator[Exec]:
         """Ask agentctl for something, and once more where the container has just gone. But for a watch, it keeps it."""
         counted = verb != "watch"
+        if self._execs >= MAX_CALLS:
+            raise Conflict(f"{MAX_CALLS} calls of yours are open, which is the limit: close some.", "too_many_calls")
         self._execs += counted
         try:
-            container = await self.connect()
-            try:
-                process = await self.engine.exec(container, ["sh", agentctl.PATH, verb], uid)
-            except ContainerGone:
-                self._lost()
-                process = await self.engine.exec(await self.connect(), ["sh", agentctl.PATH, verb], uid)
-            try:
-                await process.write(agentctl.request({"agent": "", "run": ""} | values))
+            async with AsyncExitStack() as stack:
+                try:
+                    request = self._request(await self.connect(), verb, uid, values)
+                    process = await stack.enter_async_context(request)
+                except ContainerGone:
+                    self._lost()
+                    request = self._request(await self.connect(), verb, uid, values)
+                    process = await stack.enter_async_context(request)
                 yield process
-            finally:
-                process.close()
         finally:
             self._execs -= counted
             self._used = time.monotonic()
 
+    async def _in_time(self, what: Awaitable[T], seconds: float | None = None) -> T:
+        """Raises `Stuck` when it takes longer."""
+        try:
+            return await asyncio.wait_for(what, seconds or ANSWER_SECONDS)
+        except asyncio.TimeoutError:
+            raise Stuck from None
+
     async def _all(self, process: Exec, most: int = 64 * 2**20) -> bytes:
         """All that it prints, and an error if it fails."""
+        return await self._in_time(self._read_all(process, most))
+
+    async def _read_all(self, process: Exec, most: int) -> bytes:
         out = bytearray()
         while chunk := await process.stdout.read(2**16):
             out += chunk
             if len(out) > most:
-                raise TooLarge(f"The answer is larger than {most // 2**20} MB.", "too_large")
+                raise TooLarge(f"The answer is larger than {most // 2**10} KB.", "too_large")
         await self._check(process)
         return bytes(out)
 
     async def _check(self, process: Exec) -> None:
-        code = await process.wait()
+        code = await self._in_time(process.wait())
         if code:
             raise agentctl.error(code, process.stderr)

@@ -72,7 +72,7 @@ class Run:
                 prompt=str(record["prompt"])[:SHOWN_OF_PROMPT],
                 model=None if record["model"] is None else str(record["model"]),
                 continued=bool(record["continued"]),
-                started=started,
+                started=min(started, time.time()),  # the agent may have written it
                 container=str(record["container"]),
             )
         except (KeyError, TypeError, ValueError, RecursionError):

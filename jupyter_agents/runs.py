@@ -14,12 +14,14 @@ from typing import Any
 from . import agentctl, claude, environment
 from .agents import MAX_ENV, Agent, Agents
 from .engine import Exec
-from .errors import AgentsError, BadRequest, Conflict, ContainerGone, NotFound, TooLarge, Unavailable
+from .errors import AgentsError, BadRequest, Conflict, ContainerGone, NotFound, Stuck, TooLarge, Unavailable
 from .run import SHOWN_OF_PROMPT, Run, new_id
 from .settings import Settings
 
 MAX_PROMPT = 2**20
-MAX_FOLLOWERS = 64
+MAX_FOLLOWERS = 32
+KEPT_RUNS = 200  # of an agent; it can make any number
+MAX_LOAD = 32 * 2**20
 READ_SECONDS = 5
 
 
@@ -55,14 +57,18 @@ class Runs(Agents):
         """Read an agent's directory: names of variables, and runs."""
         if self.container is None:
             raise ContainerGone
+        files: dict[str, tuple[bytes, float]] = {}
         try:
             async with self._request(self.container, "load", uid, {"agent": name}) as process:
-                files = agentctl.untar(await self._all(process))
+                files = await asyncio.to_thread(agentctl.untar, await self._all(process, MAX_LOAD))
         except NotFound:
             return  # removed since we heard of it
+        except (Stuck, TooLarge) as e:  # one agent must not keep the others away
+            self.log.warning("The agent %s in %s can't be read: %s", name, self.name, e)
         agent = self.agents.setdefault(name, Agent(name, uid))
         agent.uid = uid
-        agent.env = sorted(environment.read(files.get(".env", (b"", 0))[0].decode("utf-8", "replace")))
+        dotenv = files.get(".env", (b"", 0))[0].decode("utf-8", "replace")
+        agent.env = sorted(await asyncio.to_thread(environment.read, dotenv))
         agent.created = files.get(".agent/created", (b"", agent.created))[1]
         by_run: dict[str, dict[str, bytes]] = {}
         for path, (content, _) in files.items():
@@ -79,6 +85,9 @@ class Runs(Agents):
             elif known.active and not read.active:
                 known.settle(read)
                 self._end(known)
+        for run in self.runs_of(name)[KEPT_RUNS:]:
+            if not run.active:
+                del self.runs[run.id]
 
     def _forget(self, name: str) -> None:
         self.agents.pop(name, None)
@@ -158,20 +167,21 @@ class Runs(Agents):
                 linger=math.ceil(self.settings.run_linger),
                 certificates=len(certificates),
             ) as process:
-                size = await process.stdout.readline()
+                size = await self._in_time(process.stdout.readline())
                 if not size:
                     await self._check(process)
                 if int(size) > MAX_ENV:
-                    raise TooLarge("The agent's `.env` has more than 1 MiB: make it smaller.", "too_large")
-                dotenv = await process.stdout.readexactly(int(size))
-                variables = environment.for_run(
+                    raise TooLarge(f"The agent's `.env` is over {MAX_ENV // 1024} KiB: make it smaller.", "too_large")
+                dotenv = await self._in_time(process.stdout.readexactly(int(size)))
+                variables = await asyncio.to_thread(
+                    environment.for_run,
                     environment.passed_on(self.settings.pass_environment, self.settings.environment),
                     agentctl.certificates(agent.id) if certificates else "",
                     dotenv.decode("utf-8", "replace"),
                 )
                 exports = agentctl.assignments(variables, export=True)
                 await process.write(exports.encode("utf-8", "surrogateescape") + b"\n" + prompt + certificates)
-                if await process.stdout.readline() != b"started\n":
+                if await self._in_time(process.stdout.readline()) != b"started\n":
                     await self._check(process)
                 self._audit("run_started", agent=agent.id, run=run.id, state=run.state)
                 self._tell({"type": "run", "run": run.to_dict()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from . import agentctl
@@ -22,6 +22,7 @@ from .settings import Settings
 
 SAMPLE_SECONDS = 2
 SETTLED_SECONDS = 5
+STOP_SECONDS = 8
 
 Listener = Callable[[Message], None]
 
@@ -210,7 +211,10 @@ class Workspace(Runs):
     async def stop(self, volume: bool = False) -> None:
         """Cancel all runs and remove the container; with `volume`, all agents and files too."""
         if self.container:
-            await asyncio.gather(*(self.cancel(run.id) for run in self.active_runs))
+            # So that Claude can save its sessions; what an agent makes of it is no reason to stay.
+            cancelled = (self.cancel(run.id) for run in self.active_runs)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*cancelled, return_exceptions=True), STOP_SECONDS)
         async with self._lock:
             self._wanted = False
             await self.engine.remove(self.user, volume)

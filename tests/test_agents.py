@@ -11,10 +11,11 @@ from typing import Any
 import docker
 import pytest
 from conftest import Api
-from helpers import end_of, finish, output, serving, text
+from helpers import end_of, eventually, finish, output, serving, text
 
 from jupyter_agents.app import AUDIT_ID
-from jupyter_agents.errors import AgentsError, BadRequest, Conflict, NotFound, TooLarge
+from jupyter_agents.errors import AgentsError, BadRequest, Conflict, NotFound, Stuck, TooLarge
+from jupyter_agents.run import Run
 from jupyter_agents.workspace import Workspace
 
 
@@ -425,3 +426,68 @@ async def test_agents_survive_the_server(user: str, model: str) -> None:
             workspace.agent("../a1")
         again = await end_of(workspace, await workspace.start_run("a1", {"prompt": "[[recall]]"}))
         assert again.continued
+
+
+# --- what a hostile agent can do to those who look after it ---------------------------------------------------------
+
+
+async def test_arguments_of_processes_are_no_lines_of_a_sample(user: str, docker_api: docker.APIClient) -> None:
+    """dash's `echo` would make a line break of the `\\n`, and so an agent that is root's."""
+    async with serving(user) as workspace:
+        await workspace.create_agent("a1")
+        forged = r"x\na\0040 0\0040 0\0040/workspace/agent-evil"
+        script = f"tail /opt/jupyter-agents/agentctl supervise '{forged}' -f > /dev/null 2>&1 & echo $!"
+        code, pid = try_in(docker_api, workspace, "a1", f"({script})")
+        assert code == 0
+        assert workspace.container
+        sample = await workspace._look_into(workspace.container)
+        assert int(pid) in {process.pid for process in sample.processes if process.parent == 1}
+        assert sample.uids.keys() == {"a1"}
+        assert not sample.supervisors
+
+
+async def test_an_agent_that_closes_its_directory_can_be_stopped_and_used(
+    user: str, model: str, docker_api: docker.APIClient
+) -> None:
+    async with serving(user) as workspace:
+        await workspace.create_agent("a1")
+
+        async def close() -> Run:
+            run = await workspace.start_run("a1", {"prompt": "[[run chmod 000 .agent/* .agent .; sleep 60]]"})
+            container = (await workspace.connect()).id
+            mode = ("stat", "-c", "%a", "/workspace/agent-a1")
+            await eventually(lambda: output(docker_api, container, *mode).strip() == "0")
+            return run
+
+        run = await close()
+        assert (await end_of(workspace, await workspace.cancel(run.id))).state == "cancelled"
+        assert text(await finish(workspace, "a1", "[[say open again]]")) == "open again"
+        await close()
+        await workspace.stop()
+        assert [agent["id"] for agent in (await workspace.connect(), workspace.list_agents())[1]] == ["a1"]
+        await workspace.remove_agent("a1")
+
+
+async def test_an_agent_that_halts_what_it_is_asked_holds_up_nobody_else(
+    user: str, docker_api: docker.APIClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jupyter_agents.link.ANSWER_SECONDS", 2)
+    async with serving(user) as workspace:
+        for name in ("a1", "a2"):
+            await workspace.create_agent(name)
+        halting = "while :; do for p in $(grep -la '[a]gentctl.[gl]' /proc/[0-9]*/cmdline); do p=${p#/proc/}; "
+        halting += "kill -STOP ${p%/*}; done; done"
+        try_in(docker_api, workspace, "a1", f"({halting}) > /dev/null 2>&1 &")
+
+        async def ask() -> None:
+            for _ in range(50):  # it may come too late for some
+                await workspace.env_names("a1")
+
+        with pytest.raises(Stuck):
+            await ask()
+        assert await workspace.env_names("a2") == []
+        workspace._lost()  # as a server does that was started anew
+        await workspace.connect()
+        assert workspace.agents.keys() == {"a1", "a2"}
+        await workspace.stop()
+        assert await workspace.env_names("a1") == []

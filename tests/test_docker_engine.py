@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -18,7 +19,7 @@ from helpers import serving
 from traitlets.config import Config
 
 from jupyter_agents.docker_engine import DockerEngine
-from jupyter_agents.errors import Unavailable
+from jupyter_agents.errors import Stuck, Unavailable
 
 # docker-py leaves a socket open that could not connect.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -131,3 +132,18 @@ async def test_hardening(user: str, docker_api: docker.APIClient) -> None:
     assert not host["Binds"]
     assert [(m["Type"], m["Destination"]) for m in told["Mounts"]] == [("volume", "/workspace")]
     assert told["Config"]["User"] == "65534:65534"
+
+
+async def test_who_does_not_read_holds_up_nobody_else(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jupyter_agents.docker_engine.WRITE_SECONDS", 4)
+    async with serving(user) as workspace:
+        container = await workspace.connect()
+        engine = workspace.engine
+        processes = [await engine.exec(container, ["sleep", "30"], 65534) for _ in range(80)]
+        writing = [asyncio.ensure_future(process.write(bytes(2**22))) for process in processes]
+        await asyncio.sleep(0.5)
+        await asyncio.wait_for(engine.check(), 2)
+        told = await asyncio.gather(*writing, return_exceptions=True)
+        assert {type(error) for error in told} == {Stuck}
+        for process in processes:
+            process.close()

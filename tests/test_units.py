@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+import time
 from typing import Any
 
 import docker
@@ -472,6 +473,32 @@ def test_a_tar_counts_as_far_as_it_goes() -> None:
     whole = agentctl.untar(out.getvalue())
     assert whole == {".env": (b"x" * 600, 7), ".agent/created": (b"x" * 600, 7)}
     assert agentctl.untar(out.getvalue()[: 512 + 1024 + 100]) == {".env": (b"x" * 600, 7)}
+
+
+def test_a_tar_does_not_become_larger_than_it_came() -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz") as tar:
+        info = tarfile.TarInfo("file")
+        info.size = 10 * MEBI
+        tar.addfile(info, io.BytesIO(bytes(info.size)))
+    assert agentctl.untar(packed.getvalue()) == {}
+    info = tarfile.TarInfo("hole")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"%011o\0" % 10**8  # its size when the hole is filled
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    with tarfile.open(fileobj=io.BytesIO(header)) as tar:
+        assert tar.getmembers()[0].size == 10**8
+    assert agentctl.untar(bytes(header) + bytes(1024)) == {}
+
+
+def test_root_owns_no_agent() -> None:
+    assert agentctl.Sample.parse("a 0 0 /workspace/agent-x\na 60706 0 /workspace/agent-y\n").uids == {"y": 60706}
+
+
+def test_a_run_can_not_have_started_in_the_future() -> None:
+    run = Run.from_files("a", files_of(started=1e12), MEBI)
+    assert run and run.started <= time.time()
 
 
 @pytest.mark.parametrize(
