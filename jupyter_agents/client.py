@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import itertools
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ import tarfile
 import tempfile
 import time
 import urllib.parse
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -114,7 +116,7 @@ class Client:
 
     def choose_image(self, image: str) -> JSON:
         """Go on with the same files in another of the workspace's `images`, while no run is active."""
-        return self._object("POST", "workspace", json={"image": image})
+        return self._object("POST", "workspace", body={"image": image})
 
     def stop_workspace(self, volume: bool = False) -> None:
         """Cancel all runs and remove the container; `volume` deletes all files too."""
@@ -127,7 +129,7 @@ class Client:
         return self._object("GET", _join("agents", agent))
 
     def create_agent(self, agent: str) -> JSON:
-        return self._object("POST", "agents", json={"id": agent})
+        return self._object("POST", "agents", body={"id": agent})
 
     def remove_agent(self, agent: str) -> None:
         """Cancel its run and delete its directory."""
@@ -139,7 +141,7 @@ class Client:
 
     def set_env(self, agent: str, variables: dict[str, str | None]) -> list[str]:
         """Set variables, unset those that are None; the names that there are then."""
-        return self._list("PATCH", _join("agents", agent, "env"), json=variables)
+        return self._list("PATCH", _join("agents", agent, "env"), body=variables)
 
     def diff(self, agent: str) -> str:
         """What its last run changed, as a unified diff."""
@@ -160,7 +162,10 @@ class Client:
             return answer.content
 
     def get(self, agent: str, path: str, destination: str | Path = ".") -> Path:
-        """Copy a file or folder of the agent here, into `destination` if that is a folder. Returns where it is."""
+        """Copy a file or folder of the agent here, into `destination` if that is a folder. Returns where it is.
+
+        Warns of links that lead out of the folder: they are left out.
+        """
         target = Path(destination).expanduser()
         if target.is_dir() and path.strip("/."):
             target /= path.rstrip("/").rsplit("/", 1)[-1]
@@ -178,14 +183,37 @@ class Client:
         return target
 
     def _get_folder(self, agent: str, path: str, target: Path) -> Path:
+        left_out: list[str] = []
+
+        def admit(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+            try:
+                if _leads_out(member, folder):
+                    raise tarfile.LinkOutsideDestinationError(member, member.linkname)
+                return tarfile.data_filter(member, folder)
+            except (tarfile.FilterError, OSError, ValueError):  # also for names that can't be here
+                left_out.append(member.name)
+                return None
+
         # tarfile reads backwards a little, which a network stream can't
         with tempfile.TemporaryFile() as file:
             with self._request("GET", _file(agent, path), params={"format": "tar"}, stream=True) as answer:
                 for data in _body(answer):
                     file.write(data)
             file.seek(0)
-            with tarfile.open(fileobj=file) as tar:
-                tar.extractall(target, filter="data")
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    tar.extractall(target, filter=admit)  # noqa: S202 - stricter than the filter `data`
+            except tarfile.TarError as error:
+                raise AgentsError(
+                    f"The folder came damaged ({error}), so that {target} lacks files; try again.", "server_error"
+                ) from None
+        if left_out:
+            were = "1 file was" if len(left_out) == 1 else f"{len(left_out)} files were"
+            names = ", ".join(repr(name.removeprefix("./")) for name in left_out[:5])
+            more = ", …" if len(left_out) > 5 else ""
+            warnings.warn(
+                f"{were} left out, being links out of the folder or no ordinary files: {names}{more}", stacklevel=3
+            )
         return target
 
     def put(self, agent: str, source: str | Path | bytes | IO[bytes], path: str = "") -> str:
@@ -227,7 +255,7 @@ class Client:
     def start_run(self, agent: str, prompt: str, **options: Any) -> RunHandle:
         """Start a run; options are those of the API's RunRequest, where None means unset."""
         body = {"prompt": prompt, **{name: value for name, value in options.items() if value is not None}}
-        return RunHandle(self, self._object("POST", _join("agents", agent, "runs"), json=body))
+        return RunHandle(self, self._object("POST", _join("agents", agent, "runs"), body=body))
 
     def runs(self, agent: str | None = None) -> list[JSON]:
         """Runs, newest first."""
@@ -341,13 +369,20 @@ class Client:
                 f"The answer of {self.url} is not that of jupyter_agents: is it a Jupyter server?", "server_error"
             ) from None
 
-    def _request(self, method: str, path: str, timeout: Any = None, **options: Any) -> requests.Response:
+    def _request(
+        self, method: str, path: str, timeout: Any = None, body: Any = None, **options: Any
+    ) -> requests.Response:
         url = f"{self.url}jupyter-agents/{path}"
+        headers = self.headers
+        if body is not None:
+            # requests would escape all letters beyond ASCII, and so make a long prompt too long.
+            options["data"] = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            headers = {**headers, "Content-Type": "application/json"}
         try:
             answer = self._session.request(
                 method,
                 url,
-                headers=self.headers,
+                headers=headers,
                 # Starting a workspace takes its time; a server that takes longer than this has hung.
                 timeout=timeout or (5, 180),
                 allow_redirects=False,
@@ -650,6 +685,23 @@ def _file(agent: str, path: str) -> str:
     if ".." in parts:
         raise AgentsError("A path can't have '..' in it; paths are relative to the agent's directory.", "bad_path")
     return f"{_join('agents', agent, 'files')}/{'/'.join(urllib.parse.quote(part, safe='') for part in parts)}"
+
+
+def _leads_out(member: tarfile.TarInfo, folder: str) -> bool:
+    """Whether a link could lead out of the folder, now or when there are further ones.
+
+    tarfile's own filter asks what a path leads to, and in some releases of Python can be deceived about that. A link
+    that first climbs, and not too far, and then only descends, stays within whatever else there is.
+    """
+    if member.islnk():  # to what has been written before, and not to a symbolic link, which would work differently here
+        there = os.path.join(folder, member.linkname)
+        return os.path.islink(there) or not os.path.isfile(there)
+    if not member.issym():
+        return False
+    above = [part for part in member.name.split("/")[:-1] if part not in ("", ".")]
+    parts = [part for part in member.linkname.split("/") if part not in ("", ".")]
+    climbs = len(list(itertools.takewhile(lambda part: part == "..", parts)))
+    return climbs > len(above) or ".." in above + parts[climbs:]
 
 
 def _is_json(answer: requests.Response) -> bool:

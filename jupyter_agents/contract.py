@@ -12,6 +12,8 @@ from jsonschema import Draft202012Validator
 
 from .errors import BadRequest
 
+MAX_MEMBERS = 1000  # of a body
+MAX_TOLD = 200  # characters of the names that a body holds
 TEXT = (Path(__file__).parent / "openapi.yaml").read_text()
 
 
@@ -45,11 +47,15 @@ def _refuse(constant: str) -> None:
 
 def check(operation_id: str, body: Any) -> dict[str, Any]:
     """The body, if the contract allows it for this operation. Raises `BadRequest`, which never repeats a value."""
+    # Before the validator sees it, which looks at each member and writes out all of a body that it doesn't like.
+    if not isinstance(body, dict):
+        raise BadRequest("The body of the request is not a JSON object.", "bad_request")
+    if len(body) > MAX_MEMBERS:
+        raise BadRequest(f"The body of the request has more than {MAX_MEMBERS} members.", "bad_request")
     for error in _validator(operation_id).iter_errors(body):
-        field = error.json_path.removeprefix("$").lstrip(".") or "body"
+        field = error.json_path.removeprefix("$").lstrip(".")[:MAX_TOLD] or "body"
         if error.validator in ("required", "additionalProperties"):
-            raise BadRequest(f"The request is not as it should be: {error.message}.", "bad_request")
+            raise BadRequest(f"The request is not as it should be: {error.message[:MAX_TOLD]}.", "bad_request")
         rule = f"{error.validator}: {error.validator_value}"
         raise BadRequest(f"`{field}` is not as it should be ({rule}).", "bad_request")
-    checked: dict[str, Any] = body
-    return checked
+    return body

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
+from functools import cached_property
 from http.client import responses
 from typing import Any
 from urllib.parse import quote
@@ -21,12 +22,15 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 from . import contract
 from .agents import check_agent_id
 from .engine import Exec
-from .errors import AgentsError, BadRequest, TooLarge
+from .errors import AgentsError, BadRequest, NotFound, TooLarge
 from .link import Message
+from .run import RUN_ID
 from .runs import MAX_PROMPT
 from .workspace import Workspace
 
-MAX_JSON = 8 * MAX_PROMPT  # a prompt may be escaped
+MAX_JSON = 4 * MAX_PROMPT  # much of it may be escaped
+MAX_SMALL_JSON = 2**16
+MAX_MESSAGE = 2**16  # of a WebSocket, from its client
 MAX_SUBSCRIPTIONS = 32
 CHUNK = 2**16
 
@@ -44,7 +48,7 @@ class AgentsHandler(JupyterHandler):
 
     auth_resource = "agents"
 
-    @property
+    @cached_property  # once for all of a socket: another one would be started for a user who is gone
     def workspace(self) -> Workspace:
         workspace: Workspace = self.settings["jupyter_agents"](self.current_user)
         return workspace
@@ -83,6 +87,8 @@ class AgentsHandler(JupyterHandler):
 class ApiHandler(AgentsHandler, APIHandler):
     """REST: JSON in, checked against the contract, and JSON out."""
 
+    max_json = MAX_SMALL_JSON
+
     def body(self) -> Any:
         kind = self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -90,9 +96,13 @@ class ApiHandler(AgentsHandler, APIHandler):
         return contract.load(self.request.body)
 
     async def prepare(self) -> None:  # type: ignore[override]
-        if self.request.method in ("POST", "PATCH") and len(self.request.body) > MAX_JSON:
-            raise TooLarge("The request is too large: a prompt may have 1 MiB at most.", "too_large")
+        if self.request.method in ("POST", "PATCH"):
+            self.check_size(self.request.body)
         await super().prepare()
+
+    def check_size(self, body: bytes | bytearray) -> None:
+        if len(body) > self.max_json:
+            raise TooLarge(f"The request is too large: it may have {self.max_json // 1024} KiB.", "too_large")
 
     def one_of(self, name: str, allowed: tuple[str, ...]) -> str | None:
         """A query parameter that has a fixed set of values."""
@@ -183,6 +193,8 @@ class AgentHandler(ApiHandler):
 
 
 class EnvHandler(ApiHandler):
+    max_json = MAX_JSON
+
     @web.authenticated
     @authorized
     async def get(self, agent: str) -> None:
@@ -191,6 +203,8 @@ class EnvHandler(ApiHandler):
     @web.authenticated
     @authorized
     async def patch(self, agent: str) -> None:
+        await self.workspace.connect()
+        self.workspace.agent(agent)
         self.reply(await self.workspace.set_env(agent, contract.check("setEnv", self.body())))
 
 
@@ -269,8 +283,7 @@ class FilesHandler(StreamedHandler):
             await self._process.write(chunk)
         elif not self.refused:
             self._received += chunk
-            if len(self._received) > MAX_JSON:
-                raise TooLarge("The request is too large.", "too_large")
+            self.check_size(self._received)
 
     def body(self) -> Any:
         self.request.body = bytes(self._received)
@@ -330,6 +343,8 @@ class FilesHandler(StreamedHandler):
 
 
 class AgentRunsHandler(ApiHandler):
+    max_json = MAX_JSON
+
     @web.authenticated
     @authorized
     async def post(self, agent: str) -> None:
@@ -401,7 +416,13 @@ class OpenApiHandler(ApiHandler):
 
 
 class EventsSocket(WebSocketMixin, WebSocketHandler, AgentsHandler):
-    """The WebSocket `events` (docs/api.md). It keeps the caller's workspace while it is open."""
+    """The WebSocket `events` (docs/api.md). It keeps the caller's workspace while it is open.
+
+    To a client that doesn't read, one message is under way, and what comes after that waits: subscriptions don't read
+    on in their logs, nor is anything more read from the client, so that in the end its pings time out.
+    """
+
+    max_message_size = MAX_MESSAGE
 
     @ws_authenticated
     @authorized
@@ -410,10 +431,12 @@ class EventsSocket(WebSocketMixin, WebSocketHandler, AgentsHandler):
 
     def open(self, *args: Any, **kwargs: Any) -> None:
         super().open(*args, **kwargs)
-        # What is not sent yet, by kind: of states and samples only the newest matters to a slow reader.
-        self._pending: dict[Any, Message] = {"state": self.workspace.state_message()}
+        # What is not sent yet, by what it is about: only the newest matters to a slow reader.
+        self._pending: dict[tuple[str, str], Message] = {}
         self._wake = asyncio.Event()
-        self._wake.set()
+        self._turn = asyncio.Lock()
+        self._sent: asyncio.Future[None] | None = None
+        self._queue(self.workspace.state_message())
         self._subscriptions: dict[str, asyncio.Task[None]] = {}
         self._sender = asyncio.ensure_future(self._send())
 
@@ -423,9 +446,17 @@ class EventsSocket(WebSocketMixin, WebSocketHandler, AgentsHandler):
             task.cancel()
 
     def _queue(self, message: Message) -> None:
-        key = message["type"] if message["type"] in ("state", "memory") else object()
-        self._pending[key] = message
+        about = message["run"]["id"] if message["type"] == "run" else ""
+        self._pending[message["type"], about] = message
         self._wake.set()
+
+    async def _write(self, message: str | Message) -> None:
+        """Send a message, once all before it is sent, whose sender may have been cancelled meanwhile."""
+        async with self._turn:
+            if self._sent:
+                await asyncio.wait({self._sent})
+            self._sent = asyncio.ensure_future(self.write_message(message))
+            await asyncio.shield(self._sent)
 
     async def _send(self) -> None:
         try:
@@ -434,7 +465,7 @@ class EventsSocket(WebSocketMixin, WebSocketHandler, AgentsHandler):
                     await self._wake.wait()
                     self._wake.clear()
                     while self._pending:
-                        await self.write_message(self._pending.pop(next(iter(self._pending))))
+                        await self._write(self._pending.pop(next(iter(self._pending))))
         except WebSocketClosedError:
             pass
 
@@ -453,7 +484,8 @@ class EventsSocket(WebSocketMixin, WebSocketHandler, AgentsHandler):
             else:
                 raise BadRequest("A message says `subscribe` or `unsubscribe`, and which run.", "bad_request")
         except AgentsError as e:
-            self._queue({"type": "error", **e.to_dict()})
+            with suppress(WebSocketClosedError):
+                await self._write({"type": "error", **e.to_dict()})
 
     def _unsubscribe(self, run: str) -> None:
         task = self._subscriptions.pop(run, None)
@@ -461,6 +493,8 @@ class EventsSocket(WebSocketMixin, WebSocketHandler, AgentsHandler):
             task.cancel()
 
     def _subscribe(self, run: str, since: int) -> None:
+        if not RUN_ID.fullmatch(run):
+            raise NotFound("There is no such run: look at the list of runs.", "unknown_run")
         self._unsubscribe(run)
         if len(self._subscriptions) >= MAX_SUBSCRIPTIONS:
             raise BadRequest(f"A socket takes {MAX_SUBSCRIPTIONS} subscriptions; unsubscribe one.", "too_many_readers")
@@ -472,13 +506,15 @@ class EventsSocket(WebSocketMixin, WebSocketHandler, AgentsHandler):
                 async for lines in batches:
                     if lines:
                         head = json.dumps({"type": "events", "run": run, "since": since})[:-1].encode()
-                        await self.write_message((head + b', "events": [' + b",".join(lines) + b"]}").decode())
+                        await self._write((head + b', "events": [' + b",".join(lines) + b"]}").decode())
                         since += len(lines)
-            await self.write_message({"type": "end", "run": run, "next": since})
+            end = {"type": "end", "run": run, "next": since}
         except AgentsError as e:
-            self._queue({"type": "error", "run": run, **e.to_dict()})
+            end = {"type": "error", "run": run, **e.to_dict()}
         except WebSocketClosedError:
             return
+        with suppress(WebSocketClosedError):
+            await self._write(end)
         self._subscriptions.pop(run, None)
 
 

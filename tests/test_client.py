@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import io
 import json
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from api_server import TOKEN, Api, calls, says, server_file, serving
 from jupyter_client.asynchronous.client import AsyncKernelClient
 
+from jupyter_agents import client as client_module
 from jupyter_agents.client import AgentsError, Client, _lines
 
 RUN = "20250101-000000-00000000"
@@ -64,6 +67,60 @@ def test_folders_go_and_come_back(client: Client, tmp_path: Path) -> None:
     assert client.read("bot", "tree/deep/x") == b"x"
     got = client.get("bot", "tree", tmp_path / "copy")
     assert sorted(str(f.relative_to(got)) for f in got.rglob("*")) == ["deep", "deep/x", "y"]
+
+
+def tar_of(*members: tuple[str, bytes, str]) -> bytes:
+    """A tar of (name, type, content or target of a link)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, kind, held in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            if kind == tarfile.REGTYPE:
+                info.size = len(held)
+            else:
+                info.linkname = held
+            tar.addfile(info, io.BytesIO(held.encode()) if kind == tarfile.REGTYPE else None)
+    return out.getvalue()
+
+
+def unpack(client: Client, monkeypatch: pytest.MonkeyPatch, tar: bytes, target: Path) -> None:
+    """Get a folder that comes as this tar."""
+    client.put("bot", b"", "sub/f")
+    monkeypatch.setattr(client_module, "_body", lambda answer: iter([tar]))
+    client.get("bot", "sub", target)
+
+
+def test_links_out_of_a_folder_are_left_out(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reg, sym, hard = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    tar = tar_of(
+        ("bin/python", sym, "/usr/bin/python3"),
+        ("bin/x", reg, "x"),
+        ("bin/ok", sym, "../bin/x"),
+        ("same", hard, "bin/x"),
+        ("up", sym, "../outside"),
+        ("d/root", sym, ".."),
+        ("trick", sym, "d/root/../outside"),
+        ("d/e/near", sym, "../x"),
+        ("copied", hard, "d/e/near"),
+        ("bin/fifo", tarfile.FIFOTYPE, ""),
+        ("last", reg, "last"),
+    )
+    with pytest.warns(UserWarning, match=r"5 files were left out.*'bin/python', 'up', 'trick', 'copied'"):
+        unpack(client, monkeypatch, tar, tmp_path / "copy")
+    got = sorted(str(f.relative_to(tmp_path / "copy")) for f in (tmp_path / "copy").rglob("*") if not f.is_dir())
+    assert got == ["bin/ok", "bin/x", "d/e/near", "last", "same"]
+    assert (tmp_path / "copy/bin/ok").read_text() == "x"
+    assert outside.read_text() == "mine"
+
+
+def test_a_damaged_folder_is_told_in_a_sentence(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(AgentsError, match="came damaged"):
+        unpack(client, monkeypatch, b"x" * 1024, tmp_path / "copy")
 
 
 def test_a_folder_is_no_file_and_a_file_no_folder(client: Client) -> None:

@@ -19,6 +19,7 @@ from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from jupyter_agents import contract, handlers
+from jupyter_agents.errors import BadRequest
 
 EXAMPLES = {"{agent}": "demo", "{run}": "20260101-000000-00000000", "{path}": "a.txt"}
 VERBS = ("get", "head", "post", "put", "patch", "delete")
@@ -253,7 +254,7 @@ async def test_bad_requests(api: Any) -> None:
     for verb, path, body, kind, status, reason in [
         ("POST", "agents", b"{", "application/json", 400, "bad_request"),
         ("POST", "agents", b"", "application/json", 400, "bad_request"),
-        ("POST", "agents", b"[" * 100000, "application/json", 400, "bad_request"),
+        ("POST", "agents", b"[" * 50000, "application/json", 400, "bad_request"),
         ("POST", "agents", b'{"id": "\xff"}', "application/json", 400, "bad_request"),
         ("POST", "agents", b"[]", "application/json", 400, "bad_request"),
         ("POST", "agents", b'{"id": 1}', "application/json", 400, "bad_request"),
@@ -270,6 +271,16 @@ async def test_bad_requests(api: Any) -> None:
         ("POST", "agents/none/runs", b'{"prompt": "x"}', "application/json", 404, "unknown_agent"),
         ("POST", "agents/a1/runs", json.dumps({"prompt": "x" * 2**21}), "application/json", 413, "too_large"),
         ("POST", "agents/a1/runs", b" " * (9 * 2**20), "application/json", 413, "too_large"),
+        ("POST", "agents", b" " * 2**16 + b"{}", "application/json", 413, "too_large"),
+        ("PATCH", "agents/none/env", b"{", "application/json", 404, "unknown_agent"),
+        (
+            "PATCH",
+            "agents/a1/env",
+            json.dumps(dict.fromkeys(map("N{}".format, range(1001)))),
+            "application/json",
+            400,
+            "bad_request",
+        ),
         ("GET", "runs/20260101-000000-00000000", None, "", 404, "unknown_run"),
         ("DELETE", "runs/20260101-000000-00000000", None, "", 404, "unknown_run"),
         ("GET", "runs/nonsense/events", None, "", 404, "unknown_run"),
@@ -448,7 +459,7 @@ async def test_websocket_unsubscribe(api: Any, socket: WebSocketClientConnection
 
 
 NONSENSE: list[str | bytes] = ["", "nonsense", "[]", "{}", "1", '{"subscribe": 1}', '{"subscribe": null}', b"\xff\x00"]
-NONSENSE += ["[" * 100000, '{"subscribe": "x", "since": 1' + "0" * 15 + "}"]
+NONSENSE += ["[" * 50000, '{"subscribe": "x", "since": 1' + "0" * 15 + "}"]
 NONSENSE += [f'{{"subscribe": "x", "since": {since}}}' for since in ("-1", "1.5", "true", '"1"', "null", "NaN")]
 
 
@@ -469,3 +480,54 @@ async def test_websocket_errors_of_a_subscription(socket: WebSocketClientConnect
     await socket.write_message(json.dumps({"unsubscribe": "of what was never subscribed"}))
     await socket.write_message("mark")
     assert (await next_of(socket, "error"))["message"] == "The body of the request is not JSON."
+
+
+def test_a_huge_body_is_refused_quickly() -> None:
+    body = {f"N{i}": "x" for i in range(100_000)}
+    began = time.monotonic()
+    for operation in ("setEnv", "createAgent", "startRun"):
+        with pytest.raises(BadRequest) as refused:
+            contract.check(operation, body)
+        assert len(refused.value.message) < 300
+    assert time.monotonic() - began < 0.1
+    assert (
+        contract.document()["paths"]["/agents/{agent}/env"]["patch"]["requestBody"]["content"]["application/json"][
+            "schema"
+        ]["maxProperties"]
+        == contract.MAX_MEMBERS
+    )
+
+
+async def test_websocket_refuses_long_messages(socket: WebSocketClientConnection) -> None:
+    await socket.write_message(json.dumps({"subscribe": "x" * 2**16}))
+    async with asyncio.timeout(10):
+        while await socket.read_message() is not None:
+            pass
+    assert socket.close_code == 1009
+
+
+async def test_websocket_never_repeats_an_id_that_no_run_has(socket: WebSocketClientConnection) -> None:
+    await socket.write_message(json.dumps({"subscribe": "x" * 60_000}))
+    error = await next_of(socket, "error")
+    assert (error["reason"], "run" in error, "xx" in error["message"]) == ("unknown_run", False, False)
+
+
+async def test_a_slow_reader_holds_up_only_itself() -> None:
+    """One message is under way at most, however many are cancelled while they wait."""
+    handler: Any = handlers.EventsSocket.__new__(handlers.EventsSocket)
+    handler._turn, handler._sent = asyncio.Lock(), None
+    read, written = asyncio.Event(), []
+
+    async def write_message(message: Any) -> None:
+        written.append(message)
+        await read.wait()
+
+    handler.write_message = write_message
+    for n in range(10):
+        task = asyncio.ensure_future(handler._write(str(n)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+    assert written == ["0"]
+    read.set()
+    await handler._write("last")
+    assert written == ["0", "last"]

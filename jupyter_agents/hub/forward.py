@@ -24,7 +24,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 from yarl import URL
 
 from ..errors import Unavailable
-from ..handlers import AgentsHandler, StreamedHandler
+from ..handlers import MAX_MESSAGE, AgentsHandler, StreamedHandler
 
 # Nothing else crosses: not the cookies and the token of the browser, not the service's idea of other origins.
 REQUEST_HEADERS = ("Accept", "Content-Type", "Content-Length")
@@ -168,6 +168,7 @@ class ForwardHandler(_Forwarding, StreamedHandler):
 class ForwardSocket(WebSocketMixin, WebSocketHandler, _Forwarding):
     """The WebSocket `events`: messages and close codes pass through in both directions."""
 
+    max_message_size = MAX_MESSAGE
     _upstream: aiohttp.ClientWebSocketResponse[Any] | None = None
 
     @ws_authenticated
