@@ -47,7 +47,9 @@ if ! answers; then
       "that you may use it (\`docker version\` shows a server)."
   fi
   if ! command -v dockerd > /dev/null; then
-    apt-get update -qq && apt-get install -y -qq --no-install-recommends docker.io iptables >&2 \
+    # The command line is a package of its own in newer releases.
+    apt-get update -qq && cli=$(apt-cache search --names-only '^docker-cli$' | cut -d ' ' -f 1) \
+      && apt-get install -y -qq --no-install-recommends docker.io $cli iptables >&2 \
       || fail "docker.io could not be installed; the lines above say why."
   fi
   answers || start

@@ -60,6 +60,16 @@ def model(docker_api: docker.APIClient) -> Iterator[str]:
         process.terminate()
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    # The front end is built, so that the build hook has nothing to do.
+    environment = {**os.environ, "HATCH_JUPYTER_BUILDER_SKIP_NPM": "1"}
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(ROOT)]
+    subprocess.run(command, check=True, env=environment)
+    return next(out.glob("*.whl"))
+
+
 @pytest.fixture
 def user(docker_api: docker.APIClient) -> Iterator[str]:
     """A user of this test's own, of whom nothing is left."""

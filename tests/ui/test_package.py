@@ -10,21 +10,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
 from playwright.sync_api import Browser, expect
 
 from .conftest import Lab, View
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    # The front end is built, so that the build hook has nothing to do.
-    environment = {**os.environ, "HATCH_JUPYTER_BUILDER_SKIP_NPM": "1"}
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(ROOT)]
-    subprocess.run(command, check=True, env=environment)
-    return next(out.glob("*.whl"))
 
 
 def test_the_wheel_holds_what_is_needed_and_one_version(wheel: Path) -> None:
