@@ -199,12 +199,12 @@ class HealthHandler(PublicHandler):
 
 
 class ReadyHandler(PublicHandler):
-    """Hub and engine answer, too."""
+    """Hub and engine answer, too. What is wrong is told to administrators only, on their page and in the log."""
 
     async def get(self) -> None:
         problem = await self.service.problem()
         self.set_status(503 if problem else 200)
-        self.finish({"status": problem or "ok"})
+        self.finish({"status": "not ready" if problem else "ok"})
 
 
 def routes(prefix: str) -> list[tuple[str, type[web.RequestHandler]]]:

@@ -9,11 +9,17 @@ from urllib.parse import quote
 
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
+from ..errors import Unavailable
+
 PAGINATED = "application/jupyterhub-pagination+json"
 
 
-class HubDown(Exception):
-    """The Hub does not answer, or refuses."""
+class HubDown(Unavailable):
+    """The Hub does not answer, or refuses with the HTTP status `code`. For administrators."""
+
+    def __init__(self, message: str, code: int | None = None):
+        super().__init__(message, "hub_unavailable")
+        self.code = code
 
 
 class HubAPI:
@@ -31,15 +37,18 @@ class HubAPI:
                 headers=self._headers,
                 body=None if body is None else json.dumps(body),
             )
-        except (HTTPClientError, OSError) as e:
-            raise HubDown(f"{method} {path}: {e}") from e
-        return json.loads(response.body) if response.body else None
+            return json.loads(response.body) if response.body else None
+        except (HTTPClientError, OSError, ValueError) as e:
+            raise HubDown(f"{method} {path}: {e}", getattr(e, "code", None)) from e
 
     async def own_scopes(self) -> set[str]:
         return set((await self.call("GET", "user"))["scopes"])
 
     async def users(self) -> dict[str, dict[str, Any]]:
-        """All users by name, with their `groups` and `servers`."""
+        """All users by name, with their `groups` and `servers`.
+
+        Some may be missing, as pages shift when somebody is deleted meanwhile.
+        """
         found: dict[str, dict[str, Any]] = {}
         offset: int | None = 0
         while offset is not None:
@@ -48,6 +57,15 @@ class HubAPI:
             following = page["_pagination"]["next"]
             offset = following["offset"] if following else None
         return found
+
+    async def has_user(self, name: str) -> bool:
+        try:
+            await self.call("GET", f"users/{quote(name, safe='')}")
+        except HubDown as e:
+            if e.code == 404:
+                return False
+            raise
+        return True
 
     async def report_activity(self, user: dict[str, Any]) -> None:
         """Say that the user, and all servers that run for them, are active now."""

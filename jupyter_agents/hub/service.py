@@ -7,8 +7,10 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +26,8 @@ from traitlets import Bool, Dict, Enum, Float, Unicode, default
 from .. import handlers
 from ..docker_engine import DockerEngine, T
 from ..engine import Limits
-from ..errors import AgentsError, Unavailable
+from ..errors import AgentsError, NotFound, Unavailable
+from ..workspace import Workspace
 from ..workspaces import Workspaces
 from . import admin
 from .configure import ADMIN_SCOPE, SERVICE, SERVICE_SCOPES, access_scope
@@ -34,6 +37,9 @@ from .metrics import Metrics
 
 LIMITS = {"memory": "memory_bytes", "cpu": "cpu", "agents": "agents", "runs": "runs", "pids": "pids"}
 ADMIN_SECONDS = 5  # for which the Hub's answer on an administrator's credentials is believed
+FEW_USERS = 2  # who may vanish at once, and be all that there are, without being thought lost by the Hub
+PROBLEM_SECONDS = 5  # for which what is known of Hub and engine is told without asking them again
+PAGE_SECONDS = 5  # for which the administrators' page waits for what workspaces say
 MAX_JSON = 16 * 2**20  # of a body that isn't a file
 
 
@@ -111,16 +117,20 @@ class HubWorkspaces(Workspaces):
     async def adopt(self) -> None:
         """Look after all containers that a former service has left, so that idle ones of absent users go too."""
         await self.engine.check()
-        for container in await self.engine.containers():
-            if container.running and self.get(container.user).container is None:
-                self.log.info("Adopting %s", container.name)
-                await self.get(container.user).connect()
+        running = [container for container in await self.engine.containers() if container.running]
+        left = [container for container in running if self.get(container.user).container is None]
+        for container in left:
+            self.log.info("Adopting %s", container.name)
+        await self.each(Workspace.connect, [self.get(container.user) for container in left], at_once=8)
 
     async def forget(self, user: str, volume: bool) -> None:
         """The user is gone from the Hub: remove the container, and the volume too if told so."""
-        await self.get(user).stop(volume=volume)
+        workspace = self.get(user)
+        # Who still holds it, as an open socket does, must not start it again; a new user of that name has another.
+        workspace.closed = NotFound("This user is not in the Hub any more.", "user_gone")
         self._workspaces.pop(user, None)
         self._groups.pop(user, None)
+        await workspace.stop(volume=volume)
 
 
 class AgentsHub(JupyterApp):
@@ -158,8 +168,14 @@ class AgentsHub(JupyterApp):
     service_name = Unicode(help="Name of the service in the Hub.").tag(config=True)
     url = Unicode(help="Where to listen. Default: what the Hub said, or http://127.0.0.1:10901.").tag(config=True)
     prefix = Unicode(help="Path prefix of the service. Default: what the Hub said.").tag(config=True)
-    _troubles = Dict(help="What was last logged of Hub and engine, not to log it once a minute.")
-    _users = Dict(help="The Hub's users as they were last seen.")
+    _users = Dict(help="The Hub's users as they were last seen, and those gone whose workspace has still to go.")
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._troubles: dict[object, str] = {}  # what was last logged, not to log it once a minute
+        self._asking = asyncio.Lock()
+        self._asked = -inf
+        self._problem: str | None = None
 
     @default("service_name")
     def _default_service_name(self) -> str:
@@ -211,8 +227,6 @@ class AgentsHub(JupyterApp):
         address = urlsplit(self.url)
         self.server.listen(address.port or 80, address.hostname)
         self.log.info("Serving %s at %s", self.prefix, self.url)
-        await self._check_grants()
-        await self._look_around()
         self.workspaces.start()
 
     def application(self) -> web.Application:
@@ -235,11 +249,7 @@ class AgentsHub(JupyterApp):
         )
 
     async def _check_grants(self) -> None:
-        try:
-            missing = set(SERVICE_SCOPES) - await self.hub.own_scopes()
-        except HubDown as e:
-            self.log.error("The Hub does not answer the service: %s", e)
-            return
+        missing = set(SERVICE_SCOPES) - await self.hub.own_scopes()
         if missing:
             self.log.error(
                 "The service lacks the scopes %s: give them to it by a role in c.JupyterHub.load_roles, "
@@ -248,14 +258,15 @@ class AgentsHub(JupyterApp):
             )
 
     async def _look_around_regularly(self) -> None:
+        await self._look_around(self._check_grants)
+        await self.workspaces.reaped.wait()  # else what is just being reaped would be adopted, which starts it again
         while True:
+            await self._look_around(self._compare_users, self.workspaces.adopt, self._measure_unwatched)
             await asyncio.sleep(self.hub_interval)
-            await self._look_around()
-            await self._measure_unwatched()
 
-    async def _look_around(self) -> None:
+    async def _look_around(self, *looks: Callable[[], Awaitable[None]]) -> None:
         """What the Hub and the engine don't tell by themselves. One that doesn't answer is asked again next time."""
-        for look in (self._compare_users, self.workspaces.adopt):
+        for look in looks:
             trouble = ""
             try:
                 await look()
@@ -263,9 +274,11 @@ class AgentsHub(JupyterApp):
                 trouble = f"The Hub does not answer: {e}"
             except AgentsError as e:
                 trouble = in_full(e)
-            if trouble and trouble != self._troubles.get(look.__name__):
+            except Exception:
+                self.log.exception("Looking at users and workspaces failed")
+            if trouble and trouble != self._troubles.get(look):
                 self.log.error(trouble)
-            self._troubles[look.__name__] = trouble
+            self._troubles[look] = trouble
 
     async def _compare_users(self) -> None:
         """Learn who is in which groups and who is gone, and tell who is active."""
@@ -274,19 +287,40 @@ class AgentsHub(JupyterApp):
         for name, user in users.items():
             self.workspaces.seen(name, user["groups"])
         if "list:users" in await self.hub.own_scopes():  # else those that we aren't shown seem to be gone
-            for name in (self._users.keys() | served) - users.keys():
-                # A volume goes only when its user was seen to go: a Hub may have lost its database.
-                volume = self.deleted_users == "delete" and name in self._users
-                self.log.info("%s is not in the Hub: removing the workspace%s", name, ", with its files" * volume)
-                await self.workspaces.forget(name, volume)
-        self._users = users
+            await self._forget((self._users.keys() | served) - users.keys())
+        self._users |= users
         if self.report_activity:
-            for workspace in self.workspaces:
-                if workspace.active_runs and workspace.user in users:
-                    await self.hub.report_activity(users[workspace.user])
+            active = [w for w in self.workspaces if w.active_runs and w.user in users]
+            await self.workspaces.each(lambda w: self.hub.report_activity(users[w.user]), active, at_once=8)
 
-    async def _measure_unwatched(self) -> None:
-        await asyncio.gather(*(w.measure() for w in self.workspaces if not w.watched), return_exceptions=True)
+    async def _forget(self, missing: set[str]) -> None:
+        """Remove the workspaces of those of them who are indeed not in the Hub."""
+        # A volume goes only when its user was seen to go, and not with most others: a Hub may have lost its database.
+        gone = self._users.keys() & missing
+        if len(gone) > max(FEW_USERS, len(self._users) / 2):
+            self.log.error(
+                "%d of %d users vanished from the Hub at once. In case it has lost its database, their files are kept: "
+                "delete those that nobody needs on the administrators' page.",
+                len(gone),
+                len(self._users),
+            )
+            for name in gone:
+                del self._users[name]
+
+        async def forget(workspace: Workspace) -> None:
+            name = workspace.user
+            if await self.hub.has_user(name):
+                return
+            volume = self.deleted_users == "delete" and name in self._users
+            self.log.info("%s is not in the Hub: removing the workspace%s", name, ", with its files" * volume)
+            await self.workspaces.forget(name, volume)
+            self._users.pop(name, None)
+
+        await self.workspaces.each(forget, map(self.workspaces.get, missing), at_once=8)
+
+    async def _measure_unwatched(self, patience: float | None = None) -> None:
+        unwatched = [workspace for workspace in self.workspaces if workspace.container and not workspace.watched]
+        await self.workspaces.each(Workspace.measure, unwatched, patience)
 
     async def _end_with_parent(self, ended: asyncio.Event) -> None:
         parent = os.getppid()
@@ -303,7 +337,14 @@ class AgentsHub(JupyterApp):
     # --- for administrators -------------------------------------------------------------------------------------
 
     async def problem(self) -> str | None:
-        """What keeps the service from working, in a sentence."""
+        """What keeps the service from working, in a sentence. It is up to 5 s old, since anybody may ask, and often."""
+        async with self._asking:
+            if time.monotonic() > self._asked + PROBLEM_SECONDS:
+                self._problem = await self._find_problem()
+                self._asked = time.monotonic()
+            return self._problem
+
+    async def _find_problem(self) -> str | None:
         try:
             await self.hub.own_scopes()
             await self.workspaces.engine.check()
@@ -315,7 +356,7 @@ class AgentsHub(JupyterApp):
 
     async def list_workspaces(self) -> list[dict[str, Any]]:
         """The API's Workspace of all users who have one, by name, and whether the user is `in_hub`."""
-        await self._measure_unwatched()
+        await self._measure_unwatched(PAGE_SECONDS)
         try:
             users = await self.workspaces.engine.users()
         except AgentsError:  # which `problem` tells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import shutil
 import socket
@@ -125,20 +126,23 @@ def test_a_restart_of_dockerd_is_told_and_recovered_from_without_a_human(
         error = refusal(ann.client, "GET", "agents")
         assert (error.status, error.reason) == (503, "engine_unavailable")
         expect(panel).to_contain_text(AWAY)
-        ready = requests.get(f"{hub.service}/ready")
-        assert ready.status_code == 503 and "Docker doesn't answer" in ready.json()["status"]
+        wait_for(lambda: requests.get(f"{hub.service}/ready").status_code == 503, "not ready")  # told for 5 s more
+        assert requests.get(f"{hub.service}/ready").json() == {"status": "not ready"}
         assert requests.get(f"{hub.service}/health").ok
+        boss = hub.add_user("boss")
+        assert "Docker doesn't answer" in html.unescape(boss.login().get(f"{hub.service}/").text)
+        wait_for(lambda: "Docker doesn't answer" in hub.log.read_text(), "said in the log")
 
         engine.start()
         assert any(workspace["state"] == "ready" for workspace in states)
         expect(panel).not_to_contain_text(AWAY, timeout=30_000)
-        assert requests.get(f"{hub.service}/ready").ok
+        wait_for(lambda: requests.get(f"{hub.service}/ready").ok, "ready again")
     assert run.status == "lost"
     assert ann.client.get("a", "file", tmp_path / "file").read_bytes() == b"kept"
     assert ann.client.start_run("a", "[[say back again]]").wait(60).text == "back again"
     container = container_of(deployment, ann.name, engine.api)
     assert container and container["HostConfig"]["Memory"] == 2**30
-    metrics = requests.get(f"{hub.service}/metrics", headers=token(hub.add_user("boss").new_token())).text
+    metrics = requests.get(f"{hub.service}/metrics", headers=token(boss.new_token())).text
     assert 'jupyter_agents_engine_errors_total{reason="engine_unavailable"}' in metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 from urllib.parse import quote
 
@@ -161,7 +162,7 @@ def test_health_readiness_and_metrics(hub: Hub) -> None:
     ann.direct.create_agent("a")
     assert ann.direct.start_run("a", "[[say hello]]").wait(60).status == "succeeded"
     assert requests.get(f"{hub.service}/health").json() == {"status": "ok"}
-    assert requests.get(f"{hub.service}/ready").json() == {"status": "ok"}
+    wait_for(lambda: requests.get(f"{hub.service}/ready").json() == {"status": "ok"}, "ready")  # or was not 5 s ago
     text = requests.get(f"{hub.service}/metrics", headers=token(boss.new_token())).text
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(figures["jupyter_agents_workspaces"]) >= 1
@@ -382,6 +383,20 @@ def test_who_is_deleted_from_the_hub_loses_the_container(hub: Hub, deployment: s
     boss = token(hub.add_user("boss").new_token())
     (kept,) = [w for w in requests.get(f"{hub.service}/workspaces", headers=boss).json() if w["user"] == "gone-ann"]
     assert kept["state"] == "stopped" and not kept["in_hub"]  # the files stay, by default
+
+
+def test_an_open_socket_of_a_deleted_user_starts_nothing(hub: Hub, deployment: str, docker_api: Any) -> None:
+    ann = hub.add_user("open-ann")
+    ann.direct.create_agent("a")
+    run = ann.direct.start_run("a", "[[say hello]]").wait(60).id
+    with closing(ann.direct._connect(5)) as socket:
+        assert hub.api("DELETE", ann.path).status_code == 204
+        wait_for(lambda: container_of(deployment, "open-ann", docker_api) is None, "the container is gone")
+        socket.send(json.dumps({"subscribe": run, "since": 0}))
+        while (message := json.loads(socket.recv()))["type"] not in ("error", "events"):
+            pass
+    assert message.get("reason") == "user_gone"
+    assert container_of(deployment, "open-ann", docker_api) is None
 
 
 def test_who_is_deleted_while_the_service_is_down_loses_the_container(
