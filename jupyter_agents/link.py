@@ -73,19 +73,29 @@ class Link(ABC):
         self._used = time.monotonic()
         async with self._lock:
             if self.container is None:
-                self._starting = True
-                self._changed()
-                try:
-                    await self._start()
-                    self.problem = None
-                except AgentsError as e:
-                    self._set_problem(e)
-                    raise
-                finally:
-                    self._starting = False
-                    self._changed()
+                await self._begin()
             assert self.container is not None
             return self.container
+
+    async def adopt(self) -> None:
+        """Take over the container if one runs, and start none: it may just have been stopped."""
+        async with self._lock:
+            found = self.container is None and await self.engine.containers(self.user)
+            if found and any(container.running for container in found):
+                await self._begin()
+
+    async def _begin(self) -> None:
+        self._starting = True
+        self._changed()
+        try:
+            await self._start()
+            self.problem = None
+        except AgentsError as e:
+            self._set_problem(e)
+            raise
+        finally:
+            self._starting = False
+            self._changed()
 
     async def _start(self) -> None:
         self.limits = self.settings.limits_for(self.user)  # others may hold by now

@@ -121,7 +121,7 @@ class HubWorkspaces(Workspaces):
         left = [container for container in running if self.get(container.user).container is None]
         for container in left:
             self.log.info("Adopting %s", container.name)
-        await self.each(Workspace.connect, [self.get(container.user) for container in left], at_once=8)
+        await self.each(Workspace.adopt, [self.get(container.user) for container in left], at_once=8)
 
     async def forget(self, user: str, volume: bool) -> None:
         """The user is gone from the Hub: remove the container, and the volume too if told so."""

@@ -250,6 +250,24 @@ async def test_who_holds_the_workspace_of_a_deleted_user_starts_nothing() -> Non
         await service.workspaces.get("ann").connect()
 
 
+async def test_what_is_stopped_while_it_is_looked_at_is_not_started_again() -> None:
+    async with serving("ann") as (service, engine, _):
+        service.hub_interval = 60
+        await asyncio.sleep(0.2)
+        engine.begin("ann")
+        listed = engine.containers
+
+        async def late(user: str | None = None) -> list[Container]:
+            found = await listed(user)
+            if user is None:
+                await service.remove("ann", volume=True, by="boss")
+            return found
+
+        engine.containers = late  # type: ignore[method-assign]
+        await service.workspaces.adopt()
+        assert not engine.running and not engine.volumes
+
+
 async def test_the_administrators_page_waits_for_no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jupyter_agents.hub.service.PAGE_SECONDS", 0.2)
     async with serving("hang") as (service, engine, _):
