@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, NoReturn, Protocol, TextIO
@@ -135,8 +136,12 @@ def files(client: Client, args: argparse.Namespace) -> Said:
 
 
 def get(client: Client, args: argparse.Namespace) -> Said:
-    path = str(client.get(args.name, args.path, args.destination))
-    return {"path": path}, f"Saved as {path}"
+    with warnings.catch_warnings(record=True) as told:  # what was left out
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning)
+        path = str(client.get(args.name, args.path, args.destination))
+    notes = [str(warning.message) for warning in told]
+    return {"path": path, "notes": notes}, "\n".join([f"Saved as {path}", *notes])
 
 
 def put(client: Client, args: argparse.Namespace) -> Said:
