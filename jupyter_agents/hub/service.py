@@ -114,6 +114,10 @@ class HubWorkspaces(Workspaces):
             if user in self._workspaces and self.get(user).container is None:
                 self.get(user).limits = self.limits_for(user)
 
+    def knows(self, user: str) -> bool:
+        """Whether the Hub has the user, by its list or by a call of theirs."""
+        return user in self._groups
+
     async def adopt(self) -> None:
         """Look after all containers that a former service has left, so that idle ones of absent users go too."""
         await self.engine.check()
@@ -361,7 +365,7 @@ class AgentsHub(JupyterApp):
             users = await self.workspaces.engine.users()
         except AgentsError:  # which `problem` tells
             users = [workspace.user for workspace in self.workspaces]
-        return [self.workspaces.get(user).to_dict() | {"in_hub": user in self._users} for user in sorted(users)]
+        return [self.workspaces.get(user).to_dict() | {"in_hub": self.workspaces.knows(user)} for user in sorted(users)]
 
     async def remove(self, user: str, volume: bool, by: str) -> None:
         """Stop a user's workspace, and delete all files in it if told so."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import docker
+import psutil
 import pytest
 import requests
 from playwright.sync_api import expect
@@ -71,6 +72,9 @@ class Engine:
             self.api.remove_container(container["Id"], force=True)
         self.api.close()
         self.stop()
+        for process in psutil.process_iter(["cmdline"]):  # a shim whose container ended while containerd was away
+            if any(str(self.directory) in word for word in process.info["cmdline"] or ()):
+                process.kill()
         subprocess.run(["umount", "--quiet", self.directory / "data"])  # after a crash it stays mounted on itself
         shutil.rmtree(self.directory)
 
