@@ -71,6 +71,12 @@ class Link(ABC):
             raise self.closed
         self._wanted = True
         self._used = time.monotonic()
+        # Who asked may go meanwhile, but not the engine's thread that makes the container: the lock is held as long.
+        starting = asyncio.ensure_future(self._connect())
+        starting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(starting)
+
+    async def _connect(self) -> Container:
         async with self._lock:
             if self.container is None:
                 await self._begin()

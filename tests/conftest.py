@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ import docker
 import pytest
 import requests
 from docker.errors import NotFound
+from jupyter_server.serverapp import ServerApp
 
 from jupyter_agents.docker_engine import LABEL
 
@@ -90,11 +92,14 @@ def clean_up(docker_api: docker.APIClient, user: str) -> None:
 
 
 @pytest.fixture
-def jp_server_config(user: str) -> dict[str, Any]:
-    return {
+def jp_server_config(user: str, jp_asyncio_loop: asyncio.AbstractEventLoop) -> Iterator[dict[str, Any]]:
+    yield {
         "ServerApp": {"jpserver_extensions": {"jupyter_agents": True}},
         "JupyterAgents": {"user": user},
     }
+    # The plugin would do so after nothing of the user may be left.
+    if ServerApp.initialized():
+        jp_asyncio_loop.run_until_complete(ServerApp.instance().extension_manager.stop_all_extensions())
 
 
 @pytest.fixture

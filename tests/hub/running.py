@@ -140,6 +140,10 @@ class Hub:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        # Its watch over the proxy may have started another while it ended.
+        for process in psutil.process_iter(["cmdline"]):
+            if {PROXY, str(self.port)} <= set(process.info["cmdline"] or ()):
+                self._started[process.pid] = process
         for process in self._started.values():  # psutil checks that the id is still that process
             with_children = [process, *_children(process)]
             for one in with_children:
