@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import html
 import os
 import shutil
@@ -42,6 +44,7 @@ class Engine:
         self._command = ["nsenter", f"--net=/proc/{namespace}/ns/net", "dockerd", "--host", self.url]
         for option, name in (("data-root", "data"), ("exec-root", "exec"), ("pidfile", "pid")):
             self._command += [f"--{option}", f"{directory}/{name}"]
+        self._command += ["--cgroup-parent", f"/{directory.name}"]  # tells what is its own
 
     def start(self, *options: str) -> None:
         with self.log.open("ab") as log:
@@ -72,9 +75,16 @@ class Engine:
             self.api.remove_container(container["Id"], force=True)
         self.api.close()
         self.stop()
-        for process in psutil.process_iter(["cmdline"]):  # a shim whose container ended while containerd was away
-            if any(str(self.directory) in word for word in process.info["cmdline"] or ()):
-                process.kill()
+        # A crash leaves shims behind whose container ended meanwhile, and containers that were just being made.
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                about = Path(f"/proc/{process.pid}")
+                if self.directory.name in (about / "cmdline").read_text() + (about / "cgroup").read_text():
+                    process.kill()
+        for cgroup in glob.glob(f"/sys/fs/cgroup/**/{self.directory.name}", recursive=True):
+            for folder, _, _ in os.walk(cgroup, topdown=False):
+                with contextlib.suppress(OSError):  # another controller's name for the same
+                    os.rmdir(folder)
         subprocess.run(["umount", "--quiet", self.directory / "data"])  # after a crash it stays mounted on itself
         shutil.rmtree(self.directory)
 
