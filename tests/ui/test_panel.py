@@ -105,6 +105,8 @@ def test_memory_is_shown_and_its_end_told(look: Look, lab: Lab) -> None:
     expect(view["memory-level"]).to_contain_text("High: further runs may not fit")
     expect(view["shares"]).to_contain_text("greedy")
     expect(view[".jp-agents-memory"]).to_have_attribute("data-level", "warning")
+    panel, button = view[".jp-agents-panel"].bounding_box(), view["run"].bounding_box()
+    assert panel and button and button["x"] + button["width"] <= panel["x"] + panel["width"]  # Stop stands beside it
     view.picture("memory")
     view.outcome("Succeeded")
     view.run("[[allocate 1500 5]]")
