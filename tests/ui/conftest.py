@@ -234,6 +234,7 @@ class View:
         """A picture for the documents, taken only when asked for: the tests leave the tree as it is."""
         if os.environ.get("UPDATE_SCREENSHOTS"):
             IMAGES.mkdir(exist_ok=True)
+            self.page.wait_for_timeout(500)  # bars grow slowly
             self.page.screenshot(path=IMAGES / f"{name}.png")
 
     def close(self) -> None:
