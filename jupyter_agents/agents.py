@@ -34,6 +34,10 @@ def check_agent_id(agent_id: str) -> None:
         raise BadRequest(message, "bad_agent_id")
 
 
+def too_many_variables() -> TooLarge:
+    return TooLarge(f"The variables of an agent, its `.env`, may take {MAX_ENV // 1024} KiB together.", "too_large")
+
+
 @dataclass
 class Agent:
     id: str
@@ -137,7 +141,7 @@ class Agents(Link):
             text = await asyncio.to_thread(environment.edit, await self._dotenv(agent), changes)
             data = text.encode()
             if len(data) > MAX_ENV:
-                raise TooLarge(f"The variables of an agent may take {MAX_ENV // 1024} KiB together.", "too_large")
+                raise too_many_variables()
             await self._ask("setenv", agent, data)
             agent.env = sorted(await asyncio.to_thread(environment.read, text))
         return agent.env
@@ -149,7 +153,10 @@ class Agents(Link):
         return agent.env
 
     async def _dotenv(self, agent: Agent) -> str:
-        return await self._ask("getenv", agent, most=MAX_ENV)
+        try:
+            return await self._ask("getenv", agent, most=MAX_ENV)
+        except TooLarge:
+            raise too_many_variables() from None
 
     # --- an agent's files ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from . import agentctl, claude, environment
-from .agents import MAX_ENV, Agent, Agents
+from .agents import MAX_ENV, Agent, Agents, too_many_variables
 from .engine import Exec
 from .errors import AgentsError, BadRequest, Conflict, ContainerGone, NotFound, Stuck, TooLarge, Unavailable
 from .run import SHOWN_OF_PROMPT, Run, new_id
@@ -171,7 +171,7 @@ class Runs(Agents):
                 if not size:
                     await self._check(process)
                 if int(size) > MAX_ENV:
-                    raise TooLarge(f"The agent's `.env` is over {MAX_ENV // 1024} KiB: make it smaller.", "too_large")
+                    raise too_many_variables()
                 dotenv = await self._in_time(process.stdout.readexactly(int(size)))
                 variables = await asyncio.to_thread(
                     environment.for_run,

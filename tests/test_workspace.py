@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import docker
 import pytest
 import requests
 import websocket
+from conftest import clean_up
 from docker.errors import ImageNotFound
 from helpers import (
     IMAGE,
@@ -692,3 +694,21 @@ async def test_slow_engine_holds_up_nobody_else(user: str) -> None:
     measuring.cancel()
     assert lag < 0.5
     await workspaces.stop()
+
+
+@pytest.mark.parametrize("odd", ["..", "a/b", "../../etc", "a=b,c", "-v", "Ünï 用户", "x" * 300])
+async def test_any_name_of_a_user_has_a_workspace_found_by_its_label(odd: str, docker_api: docker.APIClient) -> None:
+    name = f"{odd}-{secrets.token_hex(4)}"
+    try:
+        async with serving(name) as workspace:
+            await workspace.create_agent("a1")
+            (volume,) = volumes(docker_api, name)
+            assert workspace.container and workspace.container.user == name
+            await workspace.stop()
+            await workspace.connect()
+            assert volumes(docker_api, name) == [volume]
+            assert [agent["id"] for agent in workspace.list_agents()] == ["a1"]
+            await workspace.stop(volume=True)
+            assert volumes(docker_api, name) == containers(docker_api, name) == []
+    finally:
+        clean_up(docker_api, name)

@@ -53,9 +53,8 @@ def _ask(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(body) + "\n")
     for workspace in [] if args.json else body or []:
-        sys.stdout.write(
-            f"{workspace['user']}  {_facts(workspace)}{'' if workspace['in_hub'] else '  not in the Hub'}\n"
-        )
+        note = "" if workspace["in_hub"] else "  not in the Hub"
+        sys.stdout.write(f"{workspace['user']}  {_facts(workspace)}{note}\n")
     return 0
 
 
