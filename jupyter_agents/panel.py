@@ -253,6 +253,8 @@ class Panel(widgets.VBox):
             layout=Layout(max_width="900px"),
             _view_count=0,  # which has the front end count its views
         )
+        for widget in (self.agents, self.name, self.create, self.prompt, self.keep, self.start, self.stop):
+            _in_order(widget)
         self.agents.observe(self._later(self._select), "index")
         # A reload of the page counts its views once more, so that clearing the output is not noticed after one.
         self.observe(self._later(self._viewed), "_view_count")
@@ -449,6 +451,15 @@ def _step(item: Item, old: widgets.Widget | None) -> widgets.Widget:
     else:
         step.value = item_markdown(item)
     return step
+
+
+def _in_order(widget: widgets.Widget) -> None:
+    """Have what its front end says handled by the kernel's main shell.
+
+    ipykernel 7.4 hands it to the shell, and so the thread, that the widget last spoke from. These differ from widget to
+    widget, so that a click was handled before the text that had been sent before it.
+    """
+    widget.comm._reply_subshell_for = lambda data, default: None
 
 
 def _close(widget: widgets.Widget) -> None:

@@ -158,6 +158,31 @@ def test_two_panels_from_the_first_agent_to_nothing_left(cell: Cell) -> None:
     assert cell("print(len(_instances))") == "0"
 
 
+def test_a_click_comes_after_the_text_that_was_written_before_it(cell: Cell, kernel: str, folder: Path) -> None:
+    cell("import time; a = jupyter_agents.panel(); seen = []; a.create.on_click(lambda _: seen.append(a.name.value))")
+    name, create = cell("print(a.name.model_id, a.create.model_id)").split()
+    front_end = BlockingKernelClient()
+    front_end.load_connection_file(str(folder / "RUNTIME" / f"kernel-{kernel}.json"))
+    front_end.start_channels(hb=False)
+    front_end.control_channel.send(front_end.session.msg("create_subshell_request", {}))
+    subshell = front_end.get_control_msg(timeout=30)["content"]["subshell_id"]
+
+    def say(widget: str, data: dict[str, Any]) -> None:
+        message = front_end.session.msg("comm_msg", {"comm_id": widget, "data": data})
+        message["header"]["subshell_id"] = subshell
+        front_end.shell_channel.send(message)
+
+    texts = ["Bad name 1", "Bad name 2", "Bad name 3"]
+    for number, text in enumerate(texts, 1):
+        cell("a.name.send_state('placeholder')")  # the main shell has spoken last
+        front_end.execute("time.sleep(0.5)")  # it is busy, while a subshell is not
+        say(name, {"method": "update", "state": {"value": text}})
+        say(create, {"method": "custom", "content": {"event": "click"}})
+        cell(f"await until(lambda: len(seen) == {number} and not a.create.disabled)")
+    front_end.stop_channels()
+    assert cell("print(seen)") == str(texts)
+
+
 def test_a_restart_and_the_end_of_the_server_leave_nothing(cell: Cell, server: Server, kernel: str) -> None:
     cell("a = jupyter_agents.panel(); await until(lambda: 'of 1 GB memory' in a.memory.value)")
     with server.session() as session:
