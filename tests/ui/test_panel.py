@@ -20,6 +20,7 @@ Look = Callable[..., View]
 def test_first_steps_of_a_newcomer(look: Look, lab: Lab) -> None:
     view = look()
     expect(view["agents"]).to_contain_text("Name one, tell it what to do")
+    expect(view["plot"]).to_have_attribute("aria-label", "Memory has not been measured yet")
     expect(view["image"]).to_have_count(0)
     view["create-name"].fill("My Agent")
     expect(view["#jp-agents-create-hint"]).to_contain_text("lower-case letters")
@@ -211,15 +212,12 @@ def test_files_are_given_by_dropping_them(look: Look, lab: Lab) -> None:
     )
     expect(view.page.get_by_text("taker has desk top.txt.")).to_be_visible()
     assert lab.call("GET", "agents/taker/files/desk%20top.txt").text == "from the desktop"
-    item = view.page.locator(".jp-DirListing-item", has_text="note.txt")
-    expect(item).to_be_visible()
-    source, target = item.bounding_box(), view["agent"].bounding_box()
-    assert source
-    assert target
-    view.page.mouse.move(source["x"] + 30, source["y"] + 8)
+    expect(view["memory-figures"]).not_to_have_text(re.compile("^0 B"))  # nothing new above the agents from here on
+    view.page.locator(".jp-DirListing-item", has_text="note.txt").hover()
     view.page.mouse.down()
-    view.page.mouse.move(source["x"] + 60, source["y"] + 20, steps=4)
-    view.page.mouse.move(target["x"] + 40, target["y"] + 8, steps=8)
+    view["create-name"].hover(force=True)  # what is dragged is above all
+    view["agent"].hover(force=True)
+    expect(view["agent"]).to_have_class(re.compile("jp-agents-drop"))
     view.page.mouse.up()
     expect(view.page.get_by_text("taker has note.txt.")).to_be_visible()
     assert lab.call("GET", "agents/taker/files/note.txt").text == "from the file browser"

@@ -60,13 +60,11 @@ export function Memory(): JSX.Element | null {
           ⚠ {words[level]}
         </div>
       )}
-      {model.memory.length > 1 && (
-        <Plot
-          samples={model.memory}
-          limit={limit}
-          warning={workspace.limits.memory_warning_bytes}
-        />
-      )}
+      <Plot
+        samples={model.memory}
+        limit={limit}
+        warning={workspace.limits.memory_warning_bytes}
+      />
       {shares.length > 0 && (
         <ul className="jp-agents-shares" aria-label={trans.__('By agent')}>
           {shares.map(agent => (
@@ -90,6 +88,7 @@ export function Memory(): JSX.Element | null {
   );
 }
 
+/** There also before the first sample, so that what is below it stays where it is. */
 function Plot(props: {
   samples: IMemory[];
   limit: number;
@@ -97,15 +96,15 @@ function Plot(props: {
 }): JSX.Element {
   const { trans } = useAgents();
   const { samples, limit } = props;
-  const end = samples[samples.length - 1].time;
+  const start = samples[0]?.time ?? 0;
+  const end = samples[samples.length - 1]?.time ?? 0;
   // The first minute fills the plot; then more and more fits into it.
-  const minutes = Math.max(1, Math.ceil((end - samples[0].time) / 60));
+  const minutes = Math.max(1, Math.ceil((end - start) / 60));
   const y = (bytes: number) => 100 - Math.min(100, (100 * bytes) / limit);
   const points = samples.map(
     ({ time, used_bytes }) =>
       `${(100 * (1 + (time - end) / (60 * minutes))).toFixed(2)},${y(used_bytes).toFixed(2)}`
   );
-  const first = points[0].split(',')[0];
   const uses = samples.map(sample => sample.used_bytes);
   return (
     <svg
@@ -113,13 +112,17 @@ function Plot(props: {
       viewBox="0 0 100 100"
       preserveAspectRatio="none"
       role="img"
-      aria-label={trans._n(
-        'Memory in the last minute: between %2 and %3',
-        'Memory in the last %1 minutes: between %2 and %3',
-        minutes,
-        formatBytes(Math.min(...uses)),
-        formatBytes(Math.max(...uses))
-      )}
+      aria-label={
+        uses.length > 0
+          ? trans._n(
+              'Memory in the last minute: between %2 and %3',
+              'Memory in the last %1 minutes: between %2 and %3',
+              minutes,
+              formatBytes(Math.min(...uses)),
+              formatBytes(Math.max(...uses))
+            )
+          : trans.__('Memory has not been measured yet')
+      }
     >
       <line
         className="jp-agents-plot-warning"
@@ -128,7 +131,11 @@ function Plot(props: {
         y1={y(props.warning)}
         y2={y(props.warning)}
       />
-      <polygon points={`${first},100 ${points.join(' ')} 100,100`} />
+      {points.length > 0 && (
+        <polygon
+          points={`${points[0].split(',')[0]},100 ${points.join(' ')} 100,100`}
+        />
+      )}
       <polyline points={points.join(' ')} />
     </svg>
   );
