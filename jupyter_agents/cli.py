@@ -313,15 +313,18 @@ class TerminalView:
         self._characters = 0  # written of the item after them
 
     def show(self, transcript: Transcript, memory: str) -> None:
+        new = ""
         for item in transcript.items[self._items :]:
             text = clean(item.text).rstrip("\n") if isinstance(item, Text) else item_text(item)
-            self._out.write(text[self._characters :])
+            new += text[self._characters :]
             self._characters = len(text)
             if isinstance(item, Text) and not item.done:
                 break
-            self._out.write("\n")
+            new += "\n"
             self._items += 1
             self._characters = 0
+        # At once, and after it was counted: an interrupt in between must not have it written twice.
+        self._out.write(new)
         self._out.flush()
 
     def finish(self, transcript: Transcript, run: RunHandle) -> None:
