@@ -20,6 +20,15 @@ from jupyter_agents.workspace import Workspace
 from jupyter_agents.workspaces import Workspaces
 
 IMAGE = "jupyter-agents:latest"
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @asynccontextmanager
@@ -103,7 +112,7 @@ async def nothing_left(api: docker.APIClient, workspace: Workspace, agent: str) 
     """The agent has no process; a reader of its log may need a moment to close."""
     assert workspace.container
     container, uid = workspace.container.id, workspace.agents[agent].uid
-    await eventually(lambda: not processes(api, container, uid), 1)
+    await eventually(lambda: not processes(api, container, uid), 5)
 
 
 def output(api: docker.APIClient, container: str, *argv: str, user: str = "0") -> str:

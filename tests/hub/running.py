@@ -180,6 +180,16 @@ class Hub:
 
         return wait_for(found, f"{argument} runs")
 
+    def wait_for_look(self) -> None:
+        """Until the service knows who is in the Hub now."""
+
+        def answers() -> int:
+            return self.log.read_text().count(" 200 GET /base/hub/api/users?")
+
+        # One look may have begun before; when a third is answered, the second is known.
+        before = answers()
+        wait_for(lambda: answers() >= before + 3, "the service looks at the Hub's users")
+
     def api(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         """A call of the Hub's API as its administrator."""
         return requests.request(

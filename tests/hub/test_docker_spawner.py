@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import inspect
 import json
 import os
 import re
 import secrets
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +19,9 @@ import pytest
 import requests
 from docker.errors import APIError
 
+from .helpers import container_of, token
 from .running import PASSWORD, ROOT, Hub, User, free_ports, wait_for
-from .test_kernels import find, leads_to_engine, ports, sockets
-from .test_service import container_of, token
+from .spying import WHERE, program, reaches
 
 GUIDE = (ROOT / "docs" / "hub.md").read_text().partition("### A whole deployment with DockerSpawner")[2]
 GUIDE = GUIDE.partition("\n### ")[0]
@@ -248,33 +245,6 @@ def test_a_browser_reaches_the_workspace_through_its_users_server(campus: Campus
     assert requests.get(f"{alice.server}/jupyter-agents/workspace").status_code == 403
 
 
-def reaches(host: str, port: int) -> bool:
-    """Whether anybody is there, if only to say no."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex((host, port)) in (0, errno.ECONNREFUSED)
-
-
-def spy(secrets: dict[str, str], addresses: list[list[Any]], hub: str) -> str:
-    """The source of a program that tells what of these it finds, and which ports of the Hub are open to it."""
-    return f"""
-from __future__ import annotations
-import errno, glob, json, os, socket, stat, subprocess
-from collections.abc import Iterator
-
-{"".join(map(inspect.getsource, (find, sockets, leads_to_engine, ports, reaches)))}
-
-secrets = {secrets!r}
-secrets["its own token"] = os.environ.get("JUPYTERHUB_API_TOKEN", "none")
-print(json.dumps({{
-    "found": [find(secrets, folder) for folder in ("/home", "/run", "/tmp")],
-    "engines": [address for address in [*sockets(), 2375, 2376] if leads_to_engine(address)],
-    "reached": [address for address in {addresses!r} if reaches(*address)],
-    "ports": {f"ports({hub!r})" if hub else []},
-}}))
-"""
-
-
 def token_in(environment: str) -> str:
     (found,) = set(re.findall("^JUPYTERHUB_API_TOKEN=(.+)$", environment, re.M))
     return str(found)
@@ -298,19 +268,28 @@ def test_nothing_leads_out_of_a_users_server_or_a_workspace(
     environments = run("docker", "exec", f"{campus.name}-hub", "sh", "-c", "cat /proc/[0-9]*/environ | tr '\\0' '\\n'")
     secrets["the service's token"] = token_in(environments)
 
-    told = json.loads(bob.execute(spy(secrets, addresses, hub)))
-    for found in told["found"]:
-        assert found.pop("its own token")
-        assert found == {name: [] for name in secrets}
-    assert told["engines"] == []
-    assert told["reached"] == known  # where it is asked for its token
-    assert told["ports"] == [8000, 8081, 10901]
+    report = {
+        "found": f"find(secrets, {WHERE})",
+        "engines": "engines()",
+        "reached": f"[address for address in {addresses} if reaches(*address)]",
+    }
+    spy = program({**report, "ports": f"ports({hub!r})"}, secrets, own="JUPYTERHUB_API_TOKEN")
+    told = json.loads(bob.execute(spy))
+    assert told["found"].pop("its own")
+    assert told == {
+        "found": {name: [] for name in secrets},
+        "engines": [],
+        "reached": known,  # where it is asked for its token
+        "ports": [8000, 8081, 10901],
+    }
 
-    bob.client.put("own", spy({}, addresses, "").encode(), "spy.py")
+    del secrets["the API key"]  # it is for the agents
+    bob.client.put("own", program(report, secrets, own="ANTHROPIC_API_KEY").encode(), "spy.py")
     answer = bob.client.start_run("own", "[[run python3 spy.py]]").wait(90)
     assert '"engines"' in answer.text, (answer.info, answer.text)
     told = json.loads(answer.text.split("```")[1])
-    assert told["engines"] == [] and told["reached"] == []
+    assert told["found"].pop("its own")
+    assert told == {"found": {name: [] for name in secrets}, "engines": [], "reached": []}
 
 
 def test_a_restarted_hub_loses_nothing(campus: Campus, users: list[User], docker_api: docker.APIClient) -> None:

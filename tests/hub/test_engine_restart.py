@@ -21,9 +21,8 @@ import pytest
 import requests
 from playwright.sync_api import expect
 
+from .helpers import a_browser, container_of, events_of, open_lab, refusal, token
 from .running import ROOT, Hub, User, wait_for
-from .test_service import container_of, events_of, refusal, token
-from .test_users import a_browser, open_lab
 
 AWAY = "The workspaces of this Hub are not available just now"
 IMAGE = "jupyter-agents:latest"

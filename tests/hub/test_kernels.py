@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import glob
-import inspect
 import json
 import os
-import socket
-import stat
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from .helpers import container_of, events_of, service_secret
 from .running import Hub, User, wait_for
-from .test_service import container_of, events_of, service_secret
+from .spying import engines, find, ports, program
 
 PORT = 8765  # of what an agent serves
 CONTAINERS = "/proc/[0-9]*/root/opt/jupyter-agents/agentctl"
@@ -29,91 +26,10 @@ def users(users: list[User]) -> Iterator[list[User]]:
         user.client.stop_workspace(volume=True)
 
 
-# The source of these functions is run in a kernel, too.
-
-
-def find(secrets: dict[str, str], folder: str) -> dict[str, list[str]]:
-    """Where a secret is to be read: in this machine's processes, in their open files, in the files below `folder`."""
-
-    def paths() -> Iterator[str]:
-        with subprocess.Popen(["sleep", "60"]) as child:  # another process that this one may look into
-            for process in glob.glob("/proc/[0-9]*"):
-                yield from (f"{process}/environ", f"{process}/cmdline", *glob.glob(f"{process}/fd/*"))
-            child.kill()
-        for where, _, names in os.walk(folder):
-            yield from (os.path.join(where, name) for name in names)
-
-    found: dict[str, list[str]] = {name: [] for name in secrets}
-    for path in paths():
-        try:
-            if stat.S_ISREG(os.stat(path).st_mode):  # a pipe could keep us waiting
-                with open(path, "rb") as file:
-                    content = file.read(10_000_000)
-                for name, secret in secrets.items():
-                    if secret.encode() in content:
-                        found[name].append(path)
-        except OSError:
-            pass
-    return found
-
-
-def sockets() -> list[str]:
-    """The Unix sockets of this machine: those in its folders, those that the kernel knows, and Docker's own."""
-    look = ["find", "/", "(", "-path", "/proc", "-o", "-path", "/sys", ")", "-prune", "-o", "-type", "s", "-print"]
-    in_folders = subprocess.run(look, capture_output=True, text=True).stdout.splitlines()
-    with open("/proc/net/unix") as table:
-        lines = [line.rstrip().split(maxsplit=7) for line in table]
-    known = [f"\0{line[7][1:]}" if line[7][0] == "@" else line[7] for line in lines[1:] if len(line) == 8]
-    return sorted({*in_folders, *known, "/var/run/docker.sock"})
-
-
-def leads_to_engine(address: str | int) -> bool:
-    """Whether a socket, or a port of this machine, takes a connection and is an engine's by its name or its answer."""
-    by_port = isinstance(address, int)
-    with socket.socket(socket.AF_INET if by_port else socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(("127.0.0.1", address) if by_port else address)
-        except OSError:
-            return False
-        try:
-            probe.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            answer = probe.recv(4096).lower()
-        except OSError:
-            answer = b""
-    return b"api-version:" in answer or "docker" in str(address) or "containerd" in str(address)
-
-
-def ports(address: str) -> list[int]:
-    """The ports at an address that take a connection."""
-
-    def is_open(port: int) -> bool:
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            return probe.connect_ex((address, port)) == 0
-
-    return [port for port in range(1, 65536) if is_open(port)]
-
-
-SPY = f"""
-from __future__ import annotations
-import ctypes, glob, json, os, socket, stat, subprocess
-from collections.abc import Iterator
-
-{"".join(map(inspect.getsource, (find, sockets, leads_to_engine, ports)))}
-
-# The privilege that jupyterhub_config.py has left.
+# jupyterhub_config.py leaves it to servers.
+WITHOUT_PRIVILEGE = """
+import ctypes
 assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()) == 0
-given = json.loads(GIVEN)
-asked = [*sockets(), 2375, 2376]
-print(json.dumps({{
-    "ids": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
-    "found": find({{**given["secrets"], "its own token": os.environ["JUPYTERHUB_API_TOKEN"]}}, given["folder"]),
-    "asked": asked,
-    "engines": [address for address in asked if leads_to_engine(address)],
-    "ports": ports(given["address"]),
-    "containers": glob.glob("{CONTAINERS}"),
-}}))
 """
 OWN_SECRETS = """
 import ipykernel, json, os
@@ -145,20 +61,28 @@ def test_from_within_a_kernel_nothing_leads_out(hub: Hub, users: list[User], dep
             "the token of vic's server": vics_token,
             "the key of vic's kernel": vics_key,
         }
-        given = json.dumps({"secrets": secrets, "folder": str(hub.directory), "address": address})
-        told = json.loads(uma.execute(f"GIVEN = {given!r}\n{SPY}"))
-        by_root = find(secrets, str(hub.directory))
+        report = {
+            "ids": "[*os.getresuid(), *os.getresgid(), *os.getgroups()]",
+            "found": f"find(secrets, [{str(hub.directory)!r}])",
+            "sockets": "sockets()",
+            "engines": "engines()",
+            "ports": f"ports({address!r})",
+            "containers": f"glob.glob({CONTAINERS!r})",
+        }
+        spy = program(report, secrets, own="JUPYTERHUB_API_TOKEN", first=WITHOUT_PRIVILEGE)
+        told = json.loads(uma.execute(spy))
+        by_root = find(secrets, [str(hub.directory)])
 
     assert min(told["ids"]) > 0
-    own = told["found"].pop("its own token")
+    own = told["found"].pop("its own")
     assert len(own) > 1, "the kernel's and its child's"
     assert told["found"] == {name: [] for name in secrets}
-    assert "/var/run/docker.sock" in told["asked"] and told["engines"] == []
+    assert "/var/run/docker.sock" in told["sockets"] and told["engines"] == []
     assert told["ports"] == [PORT]
     assert told["containers"] == []
     # All of it is there, for root.
     assert all(by_root.values()), by_root
-    assert leads_to_engine("/var/run/docker.sock")
+    assert "/var/run/docker.sock" in engines()
     assert glob.glob(CONTAINERS)
 
 

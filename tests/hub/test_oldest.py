@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,7 +56,6 @@ def test_the_volume_of_a_deleted_user_can_go_too(hub: Hub, deployment: str, dock
     ann.direct.create_agent("a")
     labels = [f"jupyter-agents.deployment={deployment}", "jupyter-agents.user=gone-too-ann"]
     assert docker_api.volumes(filters={"label": labels})["Volumes"]
-    wait_for(lambda: "gone-too-ann" in hub.api("GET", "users").text, "the user is known")
-    threading.Event().wait(1.5)  # the service looks once a second here
+    hub.wait_for_look()
     assert hub.api("DELETE", ann.path).status_code == 204
     wait_for(lambda: not docker_api.volumes(filters={"label": labels})["Volumes"], "the volume is gone")

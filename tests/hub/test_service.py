@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 from urllib.parse import quote
 
-import docker
 import pytest
 import requests
-import websocket
 
 from jupyter_agents.client import AgentsError, Client
 from jupyter_agents.hub import cli
 
+from .helpers import container_of, events_of, refusal, service_secret, socket_status, token
 from .running import Hub, User, wait_for
+from .spying import WHERE, program
 
 GB = 2**30
-
-
-def container_of(deployment: str, user: str, docker_api: docker.APIClient) -> dict[str, Any] | None:
-    labels = [f"jupyter-agents.deployment={deployment}", f"jupyter-agents.user={user}"]
-    found = docker_api.containers(filters={"label": labels})
-    assert len(found) < 2
-    return dict(docker_api.inspect_container(found[0]["Id"])) if found else None
-
-
-def refusal(client: Client, method: str = "GET", path: str = "workspace") -> AgentsError:
-    with pytest.raises(AgentsError) as refused:
-        client._request(method, path, json={})
-    return refused.value
-
-
-def socket_status(url: str, **headers: str) -> int:
-    """How the handshake of a WebSocket ends; 101 if it succeeds."""
-    address = f"ws{url.removeprefix('http')}/jupyter-agents/events"
-    options = {"origin": headers.pop("Origin")} if "Origin" in headers else {"suppress_origin": True}
-    try:
-        websocket.create_connection(address, header=headers, timeout=10, **options).close()
-    except websocket.WebSocketBadStatusException as e:
-        return e.status_code
-    return 101
 
 
 CALLS = [
@@ -83,10 +58,6 @@ def test_wrong_credentials_are_refused_everywhere(hub: Hub) -> None:
             assert requests.get(f"{hub.service}/{path}", headers=headers).status_code == 403, (kind, path)
         answer = requests.delete(f"{hub.service}/workspaces/ann?volume=1", headers=headers)
         assert answer.status_code == 403, kind
-
-
-def token(value: str) -> dict[str, str]:
-    return {"Authorization": f"token {value}"}
 
 
 def test_a_missing_scope_is_named_to_the_user_and_in_the_log(hub: Hub) -> None:
@@ -274,65 +245,19 @@ def test_from_within_a_workspace_nothing_leads_out(hub: Hub, deployment: str, do
     assert other
     address = other["NetworkSettings"]["Networks"]["jupyter-agents"]["IPAddress"]
     ann.direct.create_agent("spy")
-    ann.direct.put("spy", SPY.encode(), "spy.py")
-    secret = service_secret(hub)
-    run = ann.direct.start_run("spy", f"[[run python3 spy.py {address}]]").wait(90)
+    secrets = {"the service's token": service_secret(hub), "anything of the Hub": "JUPYTERHUB"}
+    report = {
+        "found": f"find(secrets, {WHERE})",
+        "sockets": "sockets()",
+        "engines": "engines()",
+        "neighbour": f"[port for port in (22, 80, 2375, 8080) if reaches({address!r}, port)]",
+    }
+    ann.direct.put("spy", program(report, secrets, own="ANTHROPIC_API_KEY").encode(), "spy.py")
+    run = ann.direct.start_run("spy", "[[run python3 spy.py]]").wait(90)
+    assert '"found"' in run.text, (run.info, run.text)
     told = json.loads(run.text.split("```")[1])
-    assert told["sockets"] == []
-    assert told["neighbour"] is False
-    assert secret not in json.dumps(told["environments"])
-    assert "JUPYTERHUB" not in json.dumps(told["environments"])
-
-
-def service_secret(hub: Hub) -> str:
-    return hub.service_process().environ()["JUPYTERHUB_API_TOKEN"]
-
-
-SPY = """
-import glob, json, os, socket, stat, sys
-
-def sockets():
-    for folder, _, files in os.walk("/"):
-        if folder.startswith(("/proc", "/sys")):
-            continue
-        for name in files:
-            path = os.path.join(folder, name)
-            try:
-                if stat.S_ISSOCK(os.stat(path).st_mode):
-                    yield path
-            except OSError:
-                pass
-
-def reaches(address):
-    for port in (22, 80, 2375, 8080):
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            try:
-                probe.connect((address, port))
-                return True
-            except ConnectionRefusedError:
-                return True  # somebody there said no
-            except OSError:
-                pass
-    return False
-
-def environments():
-    for path in glob.glob("/proc/*/environ"):
-        try:
-            yield open(path).read()
-        except OSError:
-            pass
-
-print(json.dumps({
-    "sockets": list(sockets()),
-    "neighbour": reaches(sys.argv[1]),
-    "environments": [dict(os.environ), *environments()],
-}))
-"""
-
-
-def events_of(messages: Any) -> list[dict[str, Any]]:
-    return [event for message in messages if message and message["type"] == "events" for event in message["events"]]
+    assert told["found"].pop("its own")
+    assert told == {"found": {name: [] for name in secrets}, "sockets": [], "engines": [], "neighbour": []}
 
 
 def test_a_killed_service_loses_nothing(hub: Hub, deployment: str, docker_api: Any) -> None:
@@ -376,10 +301,10 @@ def test_who_is_deleted_from_the_hub_loses_the_container(hub: Hub, deployment: s
     ann = hub.add_user("gone-ann")
     ann.direct.create_agent("a")
     ann.direct.start_run("a", "[[sleep 60]]")
-    time.sleep(1.5)  # the service looks at the Hub's users once a second here
+    hub.wait_for_look()
     assert hub.api("DELETE", ann.path).status_code == 204
     wait_for(lambda: container_of(deployment, "gone-ann", docker_api) is None, "the container is gone")
-    wait_for(lambda: refusal(ann.direct).status == 403, "the token no longer works", 5)
+    wait_for(lambda: refusal(ann.direct).status == 403, "the token no longer works")
     boss = token(hub.add_user("boss").new_token())
     (kept,) = [w for w in requests.get(f"{hub.service}/workspaces", headers=boss).json() if w["user"] == "gone-ann"]
     assert kept["state"] == "stopped" and not kept["in_hub"]  # the files stay, by default

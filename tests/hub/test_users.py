@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from jupyter_agents.client import AgentsError, Client
 
+from .helpers import a_browser, events_of, open_lab, refusal, service_secret, socket_status, token
 from .running import PASSWORD, Hub, User, wait_for
-from .test_service import events_of, refusal, service_secret, socket_status, token
 
 IN_A_KERNEL = """
 import json, os
@@ -122,33 +119,6 @@ def client_error(client: Client) -> str:
     except AgentsError as e:
         return e.reason
     return ""
-
-
-@contextmanager
-def a_browser() -> Iterator[Browser]:
-    """Chromium. Not a fixture: Playwright's event loop would run while those of other fixtures want to."""
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-def open_lab(browser: Browser, user: User) -> Page:
-    """JupyterLab of a user who logs in at the Hub, with the panel open."""
-    page = browser.new_context().new_page()
-    # On a busy machine JupyterLab's theme may be too slow for it.
-    page.add_locator_handler(page.locator(".jp-Dialog"), lambda: page.keyboard.press("Escape"))
-    page.goto(f"{user.hub.url}/hub/login?next=/base/user/{user.name}/lab")
-    page.fill("#username_input", user.name)
-    page.fill("#password_input", PASSWORD)
-    page.click("#login_submit")
-    tab = page.locator('[data-id="jupyter-agents-panel"]')
-    expect(tab).to_be_visible(timeout=60_000)
-    page.wait_for_timeout(1000)  # the layout of the last time comes back, perhaps with the panel
-    if not page.locator(".jp-agents-panel").is_visible():
-        tab.click()
-    expect(page.locator(".jp-agents-create-name")).to_be_enabled(timeout=60_000)
-    return page
 
 
 def run_prompt(page: Page, agent: str, prompt: str) -> None:

@@ -19,19 +19,11 @@ import nbformat
 import pytest
 import requests
 from conftest import ROOT, clean_up
+from helpers import CHROMIUM_FLAGS
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright
 
 IMAGES = ROOT / "docs" / "images"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SECONDS = 1000.0
 expect.set_options(timeout=45 * SECONDS)
 
@@ -121,7 +113,7 @@ def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     assert path, "Chromium must be there"
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        running = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
         yield running
         running.close()
 
