@@ -263,9 +263,9 @@ def test_watching_ticks(client: Client) -> None:
 def test_lines_are_whole_however_they_arrive() -> None:
     assert list(_lines(iter([b"a\nb", b"c", b"\n\nd\ncut"]))) == [b"a", b"bc", b"", b"d"]
     big = [b"x" * 2**16] * 512
-    began = time.monotonic()
+    began = time.process_time()
     assert len(next(_lines(iter([*big, b"\n"])))) == 2**25
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(

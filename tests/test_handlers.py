@@ -484,12 +484,12 @@ async def test_websocket_errors_of_a_subscription(socket: WebSocketClientConnect
 
 def test_a_huge_body_is_refused_quickly() -> None:
     body = {f"N{i}": "x" for i in range(100_000)}
-    began = time.monotonic()
+    began = time.process_time()
     for operation in ("setEnv", "createAgent", "startRun"):
         with pytest.raises(BadRequest) as refused:
             contract.check(operation, body)
         assert len(refused.value.message) < 300
-    assert time.monotonic() - began < 0.1
+    assert time.process_time() - began < 0.1
     assert (
         contract.document()["paths"]["/agents/{agent}/env"]["patch"]["requestBody"]["content"]["application/json"][
             "schema"

@@ -412,15 +412,15 @@ async def test_closing(user: str, docker_api: docker.APIClient) -> None:
     def there() -> list[str]:
         return [container["Id"] for container in containers(docker_api, user)]
 
-    async with serving(user, cleanup_grace=1.5) as workspace:
+    async with serving(user, cleanup_grace=2.5) as workspace:
         with workspace.listening(lambda message: None):
             container = await eventually(lambda: workspace.container)
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(3.5)
             assert there() == [container.id]
         await asyncio.sleep(0.7)  # a page reload
         assert there() == [container.id]
         with workspace.listening(lambda message: None):
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(2.5)
             assert there() == [container.id]
             await workspace.create_agent("a")
         run = await workspace.start_run("a", {"prompt": "[[slow 10 0.4]]"})
@@ -429,9 +429,9 @@ async def test_closing(user: str, docker_api: docker.APIClient) -> None:
             await asyncio.sleep(0.2)
         assert workspace.run(run.id).ended - run.started > 3
         assert workspace.run(run.id).state == "succeeded"
-        await eventually(lambda: not there(), 6)
+        await eventually(lambda: not there())
         assert len(volumes(docker_api, user)) == 1
-        await eventually(lambda: workspace.to_dict()["state"] == "stopped", 1)
+        await eventually(lambda: workspace.to_dict()["state"] == "stopped")
         await workspace.refresh()
         assert [agent["id"] for agent in workspace.list_agents()] == ["a"]
         assert workspace.run(run.id).state == "succeeded"
@@ -444,7 +444,7 @@ async def test_server_stops(user: str, docker_api: docker.APIClient) -> None:
     assert containers(docker_api, user) == []
     async with serving(user) as workspace:
         await workspace.connect()
-        run = await workspace.start_run("a", {"prompt": "[[slow 12 0.3]]"})
+        run = await workspace.start_run("a", {"prompt": "[[slow 12 0.5]]"})
         assert workspace.container
         container = workspace.container.id
     assert idle
@@ -662,7 +662,7 @@ async def test_given_up_while_it_starts(user: str, docker_api: docker.APIClient)
 class SlowForSome(DockerEngine):
     def _ensure(self, api: docker.APIClient, user: str, *args: Any) -> Any:
         if user.startswith("slow-"):
-            time.sleep(4)
+            time.sleep(6)
             raise Unavailable("It was too slow.", "engine_unavailable")
         return super()._ensure(api, user, *args)
 
@@ -688,11 +688,11 @@ async def test_slow_engine_holds_up_nobody_else(user: str) -> None:
     await workspace.set_env("a", {"X": "y"})
     took = time.monotonic() - began
     assert not any(task.done() for task in slow)
-    assert took < 3
+    assert took < 5
     answers = await asyncio.gather(*slow, return_exceptions=True)
     assert all(isinstance(answer, Unavailable) for answer in answers)
     measuring.cancel()
-    assert lag < 0.5
+    assert lag < 1
     await workspaces.stop()
 
 
