@@ -172,9 +172,9 @@ class Client:
         with self._request("GET", _file(agent, path), stream=True) as answer:
             if _is_json(answer):
                 return self._get_folder(agent, path, target)
-            part = target.with_name(target.name + ".part")
+            part = target.with_name(f".{secrets.token_hex(8)}.part")
             try:
-                with part.open("wb") as file:
+                with part.open("xb") as file:
                     for data in _body(answer):
                         file.write(data)
                 part.replace(target)

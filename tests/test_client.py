@@ -59,6 +59,14 @@ def test_files_go_and_come_back(client: Client, tmp_path: Path) -> None:
         client.read("bot", "sub/b")
 
 
+def test_a_download_replaces_the_file_and_no_other(client: Client, tmp_path: Path) -> None:
+    for name in ("f", "f.part", "f~"):
+        (tmp_path / name).write_text("mine")
+    client.put("bot", b"new", "f")
+    client.get("bot", "f", tmp_path)
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"f": "new", "f.part": "mine", "f~": "mine"}
+
+
 def test_folders_go_and_come_back(client: Client, tmp_path: Path) -> None:
     (tmp_path / "tree" / "deep").mkdir(parents=True)
     (tmp_path / "tree" / "deep" / "x").write_text("x")
