@@ -46,22 +46,26 @@ class TokenCache(LoggingConfigurable):
         self._answers[key] = (now + (self.accepted if model else self.refused), model)
         return model
 
+    def forget(self, user: str) -> None:
+        """Ask the Hub again about all tokens of a user."""
+        self._answers = {k: (e, model) for k, (e, model) in self._answers.items() if not model or model["name"] != user}
+
 
 class HubIdentity(IdentityProvider):
     """Identity of API callers: users by a Hub token in the header, never by a cookie, never services."""
 
-    def __init__(self, hub_auth: HubAuth, access_scope: str, seen: Callable[[Model], None], **kwargs: Any):
+    def __init__(self, tokens: TokenCache, access_scope: str, seen: Callable[[Model], None], **kwargs: Any):
         """`seen` is told of each caller."""
         super().__init__(**kwargs)
-        self.hub_auth = hub_auth
+        self.tokens = tokens
+        self.hub_auth = tokens.hub_auth
         self.access_scope = access_scope
-        self.cache = TokenCache(hub_auth=hub_auth, parent=self)
         self.seen = seen
         self._without_scope: set[str] = set()
 
     async def get_user(self, handler: web.RequestHandler) -> User | None:
         match = HubAuth.auth_header_pat.fullmatch(handler.request.headers.get("Authorization", ""))
-        model = await self.cache.user(match[1]) if match else None
+        model = await self.tokens.user(match[1]) if match else None
         if model is None:
             raise web.HTTPError(403, "This call needs a valid token of JupyterHub.", reason="not_authenticated")
         if model.get("kind") != "user":

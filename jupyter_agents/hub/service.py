@@ -226,6 +226,7 @@ class AgentsHub(JupyterApp):
             oauth_client_id=os.environ.get("JUPYTERHUB_CLIENT_ID", f"service-{self.service_name}"),
             cache_max_age=ADMIN_SECONDS,
         )
+        self.tokens = TokenCache(parent=self, hub_auth=self.hub_auth)
         self.hub = HubAPI(self.hub_auth.api_url, self.hub_auth.api_token)
         self.server = HTTPServer(self.application(), max_body_size=MAX_JSON, xheaders=True)
         address = urlsplit(self.url)
@@ -236,7 +237,7 @@ class AgentsHub(JupyterApp):
     def application(self) -> web.Application:
         """What the handlers of jupyter_server need, and no more: no kernels, terminals or files beside the engine."""
         identity = HubIdentity(
-            self.hub_auth,
+            self.tokens,
             access_scope(self.service_name),
             lambda user: self.workspaces.seen(user["name"], user["groups"]),
             parent=self,
@@ -317,6 +318,7 @@ class AgentsHub(JupyterApp):
                 return
             volume = self.deleted_users == "delete" and name in self._users
             self.log.info("%s is not in the Hub: removing the workspace%s", name, ", with its files" * volume)
+            self.tokens.forget(name)  # else one that is still believed would start another workspace
             await self.workspaces.forget(name, volume)
             self._users.pop(name, None)
 

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 from helpers import eventually
+from jupyterhub.services.auth import HubAuth
 from tornado import web
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
@@ -21,6 +22,7 @@ from jupyter_agents.engine import Container, Engine, Exec, Limits
 from jupyter_agents.errors import AgentsError, ContainerGone, NotFound, Unavailable
 from jupyter_agents.hub.configure import SERVICE_SCOPES
 from jupyter_agents.hub.hubapi import HubAPI
+from jupyter_agents.hub.identity import TokenCache
 from jupyter_agents.hub.service import AgentsHub, HubWorkspaces
 
 
@@ -129,6 +131,15 @@ class HubDouble:
         return web.Application([("/(.*)", Handler)], log_function=lambda handler: None)
 
 
+class Believing(HubAuth):
+    """Each token is that of the user with that name, until it is `revoked`."""
+
+    revoked = ""
+
+    async def user_for_token(self, token: str, **options: Any) -> dict[str, Any] | None:
+        return None if token == self.revoked else {"name": token}
+
+
 @asynccontextmanager
 async def serving(*names: str) -> AsyncIterator[tuple[AgentsHub, InMemory, HubDouble]]:
     """A service, impatient and told to take volumes too, its engine, and its Hub with these users."""
@@ -140,6 +151,7 @@ async def serving(*names: str) -> AsyncIterator[tuple[AgentsHub, InMemory, HubDo
     service = AgentsHub(config=config, hub_interval=0.05, log=logging.getLogger("looks"))
     service.workspaces = HubWorkspaces(parent=service)
     service.workspaces.patience = 0.3
+    service.tokens = TokenCache(parent=service, hub_auth=Believing())
     service.hub = HubAPI(f"http://127.0.0.1:{port}", "token")
     engine = service.workspaces.engine
     assert isinstance(engine, InMemory)
@@ -248,6 +260,21 @@ async def test_who_holds_the_workspace_of_a_deleted_user_starts_nothing() -> Non
         # Another user may get that name.
         assert service.workspaces.get("ann") is not held
         await service.workspaces.get("ann").connect()
+
+
+async def test_a_deleted_users_token_is_believed_no_longer() -> None:
+    async with serving("ann", "bob") as (service, engine, hub):
+        await looks(hub)
+        await service.workspaces.get("ann").connect()
+        for name in ("ann", "bob"):
+            assert await service.tokens.user(name) == {"name": name}
+        service.tokens.hub_auth.revoked = "ann"
+        assert await service.tokens.user("ann") == {"name": "ann"}
+        hub.names = ["bob"]
+        await eventually(lambda: not engine.running)
+        assert await service.tokens.user("ann") is None
+        service.tokens.hub_auth.revoked = "bob"
+        assert await service.tokens.user("bob") == {"name": "bob"}
 
 
 async def test_what_is_stopped_while_it_is_looked_at_is_not_started_again() -> None:
