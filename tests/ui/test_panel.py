@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import docker
 import pytest
 from conftest import ROOT
 from helpers import IMAGE, another_name
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, WebSocketRoute, expect
 
 from .conftest import Lab, View, notebook
 
@@ -20,7 +21,6 @@ Look = Callable[..., View]
 def test_first_steps_of_a_newcomer(look: Look, lab: Lab) -> None:
     view = look()
     expect(view["agents"]).to_contain_text("Name one, tell it what to do")
-    expect(view["plot"]).to_have_attribute("aria-label", "Memory has not been measured yet")
     expect(view["image"]).to_have_count(0)
     view["create-name"].fill("My Agent")
     expect(view["#jp-agents-create-hint"]).to_contain_text("lower-case letters")
@@ -221,6 +221,33 @@ def test_files_are_given_by_dropping_them(look: Look, lab: Lab) -> None:
     view.page.mouse.up()
     expect(view.page.get_by_text("taker has note.txt.")).to_be_visible()
     assert lab.call("GET", "agents/taker/files/note.txt").text == "from the file browser"
+
+
+def test_nothing_moves_when_memory_is_measured(look: Look, lab: Lab) -> None:
+    for method in ("DELETE", "POST"):  # a container in which nothing was killed
+        assert lab.call(method, "workspace").ok
+    view = look()
+    measured = False
+
+    def pass_on(socket: WebSocketRoute) -> None:
+        def receive(message: str | bytes) -> None:
+            told = json.loads(message)
+            if not measured and told["type"] == "state":
+                told["workspace"]["memory"] = None
+            if measured or told["type"] != "memory":
+                socket.send(json.dumps(told))
+
+        socket.connect_to_server().on_message(receive)
+
+    view.page.route_web_socket(re.compile("/jupyter-agents/events"), pass_on)
+    view.open()
+    view.show()
+    expect(view["plot"]).to_have_attribute("aria-label", "Memory has not been measured yet")
+    before = view["agents"].bounding_box()
+    measured = True
+    expect(view["plot"]).to_have_attribute("aria-label", re.compile("between"))
+    expect(view["memory-figures"]).not_to_have_text(re.compile("^0 B"))
+    assert view["agents"].bounding_box() == before
 
 
 def test_keyboard_alone(look: Look) -> None:
