@@ -172,7 +172,7 @@ class Client:
         with self._request("GET", _file(agent, path), stream=True) as answer:
             if _is_json(answer):
                 return self._get_folder(agent, path, target)
-            part = target.with_name(f".{secrets.token_hex(8)}.part")
+            part = target.with_name(f".{secrets.token_hex(8)}.part")  # no name that the user may have given
             try:
                 with part.open("xb") as file:
                     for data in _body(answer):

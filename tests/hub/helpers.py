@@ -29,10 +29,6 @@ def service_secret(hub: Hub) -> str:
     return hub.service_process().environ()["JUPYTERHUB_API_TOKEN"]
 
 
-def token(value: str) -> dict[str, str]:
-    return {"Authorization": f"token {value}"}
-
-
 def refusal(client: Client, method: str = "GET", path: str = "workspace") -> AgentsError:
     with pytest.raises(AgentsError) as refused:
         client._request(method, path, json={})

@@ -54,6 +54,10 @@ def wait_for(condition: Callable[[], T], what: str, seconds: float = 30) -> T:
         time.sleep(0.1)
 
 
+def token(value: str) -> dict[str, str]:
+    return {"Authorization": f"token {value}"}
+
+
 def free_ports(count: int) -> int:
     """The first of `count` free ports in a row."""
     for base in range(20000 + secrets.randbelow(20000), 60000, count):
@@ -192,9 +196,7 @@ class Hub:
 
     def api(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         """A call of the Hub's API as its administrator."""
-        return requests.request(
-            method, f"{self.url}/hub/api/{path}", headers={"Authorization": f"token {self.admin_token}"}, **kwargs
-        )
+        return requests.request(method, f"{self.url}/hub/api/{path}", headers=token(self.admin_token), **kwargs)
 
     def add_user(self, name: str) -> User:
         """Make sure that there is such a user in the Hub."""
@@ -249,7 +251,7 @@ class User:
     @contextmanager
     def kernel(self) -> Iterator[Callable[[str], str]]:
         """A kernel of the user's server, as a function that runs code in it and returns what that prints."""
-        headers = {"Authorization": f"token {self.token}"}
+        headers = token(self.token)
         kernel = requests.post(f"{self.server}/api/kernels", headers=headers, json={}).json()["id"]
         try:
             yield lambda code: self._execute(kernel, code)
@@ -262,7 +264,7 @@ class User:
             return execute(code)
 
     def _execute(self, kernel: str, code: str) -> str:
-        headers = {"Authorization": f"token {self.token}"}
+        headers = token(self.token)
         channels = f"ws{self.server.removeprefix('http')}/api/kernels/{kernel}/channels"
         socket = websocket.create_connection(channels, header=headers, timeout=60)
         message = {

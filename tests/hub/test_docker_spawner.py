@@ -19,8 +19,8 @@ import pytest
 import requests
 from docker.errors import APIError
 
-from .helpers import container_of, token
-from .running import PASSWORD, ROOT, Hub, User, free_ports, wait_for
+from .helpers import container_of
+from .running import PASSWORD, ROOT, Hub, User, free_ports, token, wait_for
 from .spying import WHERE, program, reaches
 
 GUIDE = (ROOT / "docs" / "hub.md").read_text().partition("### A whole deployment with DockerSpawner")[2]

@@ -21,8 +21,8 @@ import pytest
 import requests
 from playwright.sync_api import expect
 
-from .helpers import a_browser, container_of, events_of, open_lab, refusal, token
-from .running import ROOT, Hub, User, wait_for
+from .helpers import a_browser, container_of, events_of, open_lab, refusal
+from .running import ROOT, Hub, User, token, wait_for
 
 AWAY = "The workspaces of this Hub are not available just now"
 IMAGE = "jupyter-agents:latest"

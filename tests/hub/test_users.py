@@ -12,8 +12,8 @@ from playwright.sync_api import Page, expect
 
 from jupyter_agents.client import AgentsError, Client
 
-from .helpers import a_browser, events_of, open_lab, refusal, service_secret, socket_status, token
-from .running import PASSWORD, Hub, User, wait_for
+from .helpers import a_browser, events_of, open_lab, refusal, service_secret, socket_status
+from .running import PASSWORD, Hub, User, token, wait_for
 
 IN_A_KERNEL = """
 import json, os

@@ -100,11 +100,13 @@ function Plot(props: {
   const end = samples[samples.length - 1]?.time ?? 0;
   // The first minute fills the plot; then more and more fits into it.
   const minutes = Math.max(1, Math.ceil((end - start) / 60));
-  const y = (bytes: number) => 100 - Math.min(100, (100 * bytes) / limit);
-  const points = samples.map(
-    ({ time, used_bytes }) =>
-      `${(100 * (1 + (time - end) / (60 * minutes))).toFixed(2)},${y(used_bytes).toFixed(2)}`
-  );
+  const x = (time: number) =>
+    (100 * (1 + (time - end) / (60 * minutes))).toFixed(2);
+  const y = (bytes: number) =>
+    (100 - Math.min(100, (100 * bytes) / limit)).toFixed(2);
+  const points = samples
+    .map(({ time, used_bytes }) => `${x(time)},${y(used_bytes)}`)
+    .join(' ');
   const uses = samples.map(sample => sample.used_bytes);
   return (
     <svg
@@ -131,12 +133,8 @@ function Plot(props: {
         y1={y(props.warning)}
         y2={y(props.warning)}
       />
-      {points.length > 0 && (
-        <polygon
-          points={`${points[0].split(',')[0]},100 ${points.join(' ')} 100,100`}
-        />
-      )}
-      <polyline points={points.join(' ')} />
+      <polygon points={`${x(start)},100 ${points} 100,100`} />
+      <polyline points={points} />
     </svg>
   );
 }
