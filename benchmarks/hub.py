@@ -268,8 +268,10 @@ def main() -> None:
     here, there = multiprocessing.Pipe()
     service = multiprocessing.get_context("spawn").Process(target=serve, args=(there, RATE * options.seconds))
     service.start()
+    there.close()  # so that nobody waits for a service that has failed
+    port = here.recv()
     try:
-        asyncio.run(measure(here.recv(), psutil.Process(service.pid), options))
+        asyncio.run(measure(port, psutil.Process(service.pid), options))
     finally:
         here.send("end")
         service.join(60)

@@ -226,7 +226,6 @@ class AgentsHub(JupyterApp):
             oauth_client_id=os.environ.get("JUPYTERHUB_CLIENT_ID", f"service-{self.service_name}"),
             cache_max_age=ADMIN_SECONDS,
         )
-        self.tokens = TokenCache(parent=self, hub_auth=self.hub_auth)
         self.hub = HubAPI(self.hub_auth.api_url, self.hub_auth.api_token)
         self.server = HTTPServer(self.application(), max_body_size=MAX_JSON, xheaders=True)
         address = urlsplit(self.url)
@@ -236,6 +235,7 @@ class AgentsHub(JupyterApp):
 
     def application(self) -> web.Application:
         """What the handlers of jupyter_server need, and no more: no kernels, terminals or files beside the engine."""
+        self.tokens = TokenCache(parent=self, hub_auth=self.hub_auth)
         identity = HubIdentity(
             self.tokens,
             access_scope(self.service_name),
