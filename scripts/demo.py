@@ -30,12 +30,20 @@ def model_addresses() -> tuple[list[str], str]:
     return ["127.0.0.1", gateway], gateway
 
 
+def run(lab: list[str]) -> int:
+    """Its exit code. It gets an interrupt itself, and is waited for, since it removes the workspace when it ends."""
+    with subprocess.Popen(lab, cwd=DEMO) as process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        return process.wait()
+
+
 def main() -> int:
     lab = [sys.executable, "-m", "jupyterlab", "demo.ipynb", *sys.argv[1:]]
     if os.name == "posix" and os.getuid() == 0:  # as on the machines where we may start Docker
         lab.append("--allow-root")
     if os.environ.get("ANTHROPIC_API_KEY") or os.environ.get("CLAUDE_CODE_OAUTH_TOKEN"):
-        return subprocess.call(lab, cwd=DEMO)
+        return run(lab)
     hosts, name = model_addresses()
     command = [sys.executable, "scripted_model.py", "--host", *hosts]
     with subprocess.Popen(command, cwd=DEMO, stdout=subprocess.PIPE, text=True, start_new_session=True) as model:
@@ -51,9 +59,8 @@ def main() -> int:
             ANTHROPIC_API_KEY="scripted",
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
         )
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
-            return subprocess.call(lab, cwd=DEMO)
+            return run(lab)
         finally:
             model.terminate()
 
