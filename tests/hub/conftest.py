@@ -21,7 +21,13 @@ def start_hub(request: pytest.FixtureRequest, docker_api: docker.APIClient, mode
     """Starts Hubs. At the end all are stopped and their workspaces removed; logs stay where a test has failed."""
     hubs: list[Hub] = []
 
-    def start(python: str = sys.executable, service_config: str = "", **environment: str) -> Hub:
+    def start(
+        python: str = sys.executable,
+        service_config: str = "",
+        hub_config: str = "",
+        service_token: str | None = None,
+        **environment: str,
+    ) -> Hub:
         # Open to other system users, as a Hub's is and pytest's are not: what is in it must protect itself.
         directory = Path(tempfile.mkdtemp(prefix="jupyter-agents-hub-", dir="/tmp"))
         directory.chmod(0o755)
@@ -36,6 +42,8 @@ def start_hub(request: pytest.FixtureRequest, docker_api: docker.APIClient, mode
                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
                 **environment,
             },
+            hub_config,
+            service_token,
         )
         hubs.append(hub)
         hub.start()

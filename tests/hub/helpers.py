@@ -59,7 +59,7 @@ def a_browser() -> Iterator[Browser]:
         chromium.close()
 
 
-def open_lab(browser: Browser, user: User) -> Page:
+def open_panel(browser: Browser, user: User) -> Page:
     """JupyterLab of a user who logs in at the Hub, with the panel open."""
     page = browser.new_context().new_page()
     # On a busy machine JupyterLab's theme may be too slow for it.
@@ -71,5 +71,11 @@ def open_lab(browser: Browser, user: User) -> Page:
     tab = page.locator('[data-id="jupyter-agents-panel"]')
     expect(tab).to_be_visible(timeout=60_000)
     tab.click()
+    return page
+
+
+def open_lab(browser: Browser, user: User) -> Page:
+    """The same, with a workspace that works."""
+    page = open_panel(browser, user)
     expect(page.locator(".jp-agents-create-name")).to_be_enabled(timeout=60_000)
     return page

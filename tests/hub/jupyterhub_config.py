@@ -99,4 +99,6 @@ configure(
     admins=["boss"],
     args=[f"--config={setup['service_config']}"],
     environment=setup["environment"],
+    api_token=setup["service_token"],
 )
+exec(setup["hub_config"])

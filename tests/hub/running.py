@@ -74,19 +74,30 @@ def free_ports(count: int) -> int:
 class Hub:
     """One running Hub. `python` runs the Hub, its service and the users' servers.
 
-    `deployment` is its own: a Hub's service removes workspaces of users that the Hub doesn't have.
+    `deployment` is its own: a Hub's service removes workspaces of users that the Hub doesn't have. With a
+    `service_token` the service is an external one, which the test runs. `hub_config` comes after all else.
     """
 
-    def __init__(self, directory: Path, python: str, service_config: str, environment: dict[str, str]):
+    def __init__(
+        self,
+        directory: Path,
+        python: str,
+        service_config: str,
+        environment: dict[str, str],
+        hub_config: str = "",
+        service_token: str | None = None,
+    ):
         self.directory = directory
         self.python = python
         self.port = free_ports(4)
+        self.service_at = f"http://127.0.0.1:{self.port + 3}"
+        self.service_token = service_token
         self.url = f"http://127.0.0.1:{self.port}/base"
         self.service = f"{self.url}/services/jupyter-agents"
         self.admin_token, self.stranger_token = secrets.token_hex(16), secrets.token_hex(16)
         self.deployment = f"hubtest-{secrets.token_hex(4)}"
-        config = directory / "service_config.py"
-        config.write_text(SERVICE_CONFIG.format(deployment=self.deployment) + service_config)
+        self.service_config = directory / "service_config.py"
+        self.service_config.write_text(SERVICE_CONFIG.format(deployment=self.deployment) + service_config)
         self.log = directory / "hub.log"
         setup = {
             "port": self.port,
@@ -94,8 +105,10 @@ class Hub:
             "prefix": sys.prefix,
             "admin_token": self.admin_token,
             "stranger_token": self.stranger_token,
-            "service_config": str(config),
+            "service_config": str(self.service_config),
+            "service_token": service_token,
             "environment": environment,
+            "hub_config": hub_config,
         }
         self.environment = {
             **os.environ,
@@ -124,8 +137,8 @@ class Hub:
         assert self._process and self._process.poll() is None, self.log.read_text()[-3000:]
         try:
             # The service itself before the proxy, which logs at length what it can't reach.
-            itself = f"http://127.0.0.1:{self.port + 3}/base/services/jupyter-agents"
-            return all(requests.get(f"{url}/health", timeout=5).ok for url in (itself, self.service))
+            services = [] if self.service_token else [f"{self.service_at}/base/services/jupyter-agents", self.service]
+            return all(requests.get(f"{url}/health", timeout=5).ok for url in (*services, f"{self.url}/hub"))
         except requests.RequestException:
             return False
 
